@@ -1,0 +1,66 @@
+"""A stock ESPnet model as a student: it answers a method's questions.
+
+Student and teacher are both one, so a method cannot tell them apart.
+"""
+
+import torch
+from espnet2.asr.espnet_model import ESPnetASRModel
+from torch import Tensor, nn
+
+from espnet_pl.losses.ctc import ctc, feasible
+from espnet_pl.methods.base import Utterances
+from espnet_pl.parts.decoding import pad
+
+
+class Recogniser(nn.Module):
+    """CTC and attention/CTC models of ESPnet's ``asr`` task.
+
+    Transducers (ESPnet's ``asr_transducer`` task) are another student; a method sees no difference.
+    """
+
+    def __init__(self, net: ESPnetASRModel) -> None:
+        super().__init__()
+        self.net = net
+        self.blank = net.blank_id
+        self.answers = frozenset(
+            ["supervised", *(["frame_log_probs", "score"] if net.ctc is not None else [])]
+        )
+
+    def supervised(self, x: Utterances) -> tuple[Tensor, dict[str, Tensor]]:
+        """ESPnet's own forward pass, untouched."""
+        loss, parts, _ = self.net(
+            speech=x.speech,
+            speech_lengths=x.speech_lengths,
+            text=x.text,
+            text_lengths=x.text_lengths,
+        )
+        parts = {k: v for k, v in parts.items() if v is not None and k != "loss"}
+        return loss.squeeze(), {k: v.squeeze() for k, v in parts.items()}
+
+    def frame_log_probs(self, x: Utterances) -> tuple[Tensor, Tensor]:
+        """Log-softmax of the CTC layer, (n, t, v), and the valid frames, (n,)."""
+        return self._frames(*self._encode(x))
+
+    def score(self, x: Utterances, labels: list[list[int]]) -> Tensor:
+        """w · log p_ctc + (1 − w) · log p_att with ESPnet's ``ctc_weight`` w, (n,) nats."""
+        encoded, frames = self._encode(x)
+        log_p, frames = self._frames(encoded, frames)
+        text, lengths = pad(labels, log_p.device)
+        log_p_y = -ctc(log_p, frames, text, lengths, self.blank)
+        if self.net.ctc_weight < 1.0:
+            attention = -self.net.nll(encoded, frames, text, lengths)
+            log_p_y = self.net.ctc_weight * log_p_y + (1 - self.net.ctc_weight) * attention
+        never = torch.full_like(log_p_y, -torch.inf)
+        return torch.where(feasible(frames, text, lengths), log_p_y, never)
+
+    def _encode(self, x: Utterances) -> tuple[Tensor, Tensor]:
+        encoded, frames = self.net.encode(x.speech, x.speech_lengths)
+        if isinstance(encoded, tuple):  # with the outputs of intermediate layers
+            encoded = encoded[0]
+        # In 202511 the frames of a short utterance can exceed the padded axis by one or two.
+        return encoded, frames.clamp(max=encoded.shape[1])
+
+    def _frames(self, encoded: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.net.ctc
+        hidden = nn.functional.dropout(encoded, head.dropout_rate, self.training)
+        return head.ctc_lo(hidden).log_softmax(dim=-1), frames

@@ -1,0 +1,131 @@
+"""ESPnet's ASR task, trained by a method: five options more, nothing re-typed."""
+
+import argparse
+import copy
+from pathlib import Path
+
+from espnet2.tasks.asr import ASRTask
+from espnet2.utils.nested_dict_action import NestedDictAction
+
+from espnet_pl.bridge.batches import PairedIterFactory
+from espnet_pl.bridge.model import PLModel, attach
+from espnet_pl.bridge.recogniser import Recogniser
+from espnet_pl.methods.base import ConfigError, build, config_of, module_of
+
+# What a configuration of ours has beyond a stock one; taken out of exported models.
+OPTIONS = (
+    "method",
+    "method_conf",
+    "unlabelled_data_path_and_name_and_type",
+    "unlabelled_shape_file",
+    "truth",
+)
+
+
+class PLTask(ASRTask):
+    """Attention/CTC and pure CTC models."""
+
+    @classmethod
+    def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Stock options, and ours."""
+        super().add_task_arguments(parser)
+        group = parser.add_argument_group("Learning from unlabelled speech")
+        group.add_argument(
+            "--method",
+            default="supervised",
+            help="a file in espnet_pl/methods, or the dotted path of a module",
+        )
+        group.add_argument(
+            "--method_conf", action=NestedDictAction, default={}, help="fields of its Config"
+        )
+        group.add_argument(
+            "--unlabelled_data_path_and_name_and_type",
+            action="append",
+            default=[],
+            type=lambda s: tuple(s.split(",")) if isinstance(s, str) else tuple(s),
+            help="as --train_data_path_and_name_and_type, without text",
+        )
+        group.add_argument("--unlabelled_shape_file", action="append", default=[])
+        group.add_argument(
+            "--truth",
+            help="a text file with held-back transcripts of unlabelled utterances: they are "
+            "compared with the pseudo-labels, logged, and never trained on",
+        )
+        # One criterion: 202511 averages wrongly with several (compat.py).  No plots and no
+        # tensorboard unless asked for: both need packages that training does not.
+        parser.set_defaults(
+            best_model_criterion=[("valid", "loss", "min")],
+            use_matplotlib=False,
+            use_tensorboard=False,
+            num_att_plot=0,
+        )
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> PLModel:
+        """The stock model of the stock options, inside a ``PLModel``."""
+        net = super().build_model(args)
+        # ESPnet looks for these names after building, where they have our prefix.
+        for prefix in args.freeze_param:
+            mine = [p for n, p in net.named_parameters() if n == prefix or n.startswith(prefix + ".")]
+            if not mine:
+                raise ConfigError(f"freeze_param: the model has no parameter {prefix!r}")
+            for parameter in mine:
+                parameter.requires_grad = False
+        student = Recogniser(net)
+        truth = cls._read_truth(args)
+        return PLModel(student, build(args.method, args.method_conf, student, {"truth": truth}))
+
+    @classmethod
+    def build_optimizers(cls, args: argparse.Namespace, model: PLModel):
+        """The stock optimisers of the student; the method follows the first one."""
+        method, model.method = model.method, None  # its copies are never optimised
+        optimizers = super().build_optimizers(args, model)
+        model.method = method
+        attach(optimizers[0], model)
+        return optimizers
+
+    @classmethod
+    def build_iter_factory(cls, args, distributed_option, mode, kwargs=None):
+        """For training: labelled and unlabelled batches as the method wants them."""
+        factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
+        if mode != "train" or cls is _Unlabelled:
+            return factory
+        if args.iterator_type != "sequence":
+            raise ConfigError(
+                f"iterator_type is {args.iterator_type!r}; pairs are made of 'sequence' only"
+            )
+        pairing = module_of(args.method).Method.pairing(config_of(args.method, args.method_conf))
+        unlabelled = None
+        if pairing.unlabelled:
+            if not args.unlabelled_data_path_and_name_and_type:
+                raise ConfigError(
+                    f"method {args.method} needs unlabelled speech: "
+                    "--unlabelled_data_path_and_name_and_type and --unlabelled_shape_file"
+                )
+            theirs = copy.copy(args)
+            theirs.train_data_path_and_name_and_type = args.unlabelled_data_path_and_name_and_type
+            theirs.train_shape_file = args.unlabelled_shape_file
+            theirs.num_iters_per_epoch = None
+            unlabelled = _Unlabelled.build_iter_factory(theirs, distributed_option, mode, kwargs)
+        return PairedIterFactory(
+            pairing, factory, unlabelled, args.num_iters_per_epoch, args.seed
+        )
+
+    @classmethod
+    def _read_truth(cls, args: argparse.Namespace) -> dict[str, list[int]]:
+        if not args.truth or args.collect_stats:
+            return {}
+        tokenise = cls.build_preprocess_fn(args, train=False)
+        truth = {}
+        for line in Path(args.truth).read_text(encoding="utf-8").splitlines():
+            utt_id, _, text = line.partition(" ")
+            truth[utt_id] = tokenise(utt_id, {"text": text})["text"].tolist()
+        return truth
+
+
+class _Unlabelled(PLTask):
+    """The same task for a data set without text."""
+
+    @classmethod
+    def required_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:
+        return ("speech",)

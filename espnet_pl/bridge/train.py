@@ -1,0 +1,147 @@
+"""Train: ``python -m espnet_pl.bridge.train --config conf/asr.yaml --config conf/slimipl.yaml …``
+
+All options of ``python -m espnet2.bin.asr_train``, those of ``PLTask``, and
+``--config`` several times: a later file changes what an earlier one said, key
+by key also inside ``…_conf``.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from espnet2.train.class_choices import ClassChoices
+
+from espnet_pl.bridge import compat
+from espnet_pl.bridge.task import PLTask
+from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
+
+__all__ = ["ConfigError", "load_config", "main", "needs_unlabelled"]
+
+
+def load_config(paths: Sequence[str | Path]) -> dict[str, Any]:
+    """One configuration from several files, checked.
+
+    Args:
+        paths: YAML files; the mapping ``recipe`` of a file is the stage driver's and left out.
+
+    Raises:
+        ConfigError: an unknown key at the top, in ``method_conf`` or in the ``…_conf`` of a
+            chosen class, with the nearest valid one; or a combination known to go wrong.
+    """
+    config: dict[str, Any] = {}
+    for path in paths:
+        config = _merge(config, _read(path))
+    config.pop("recipe", None)
+    known = {action.dest for action in _parser()._actions}
+    for key in config:
+        if key not in known:
+            raise ConfigError(unknown(_where(paths), key, known))
+    config_of(config.get("method", "supervised"), config.get("method_conf", {}))
+    for choices in PLTask.class_choices_list:
+        _check_conf(paths, choices, config)
+    criteria = config.get("best_model_criterion", [None])
+    keep = config.get("keep_nbest_models", [10])
+    if compat.averages_one_criterion_only() and (
+        len(criteria) > 1 or (isinstance(keep, list) and len(keep) > 1)
+    ):
+        raise ConfigError(
+            f"{_where(paths)}: espnet 202511 averages checkpoints wrongly with more than one "
+            "best_model_criterion or keep_nbest_models; give one of each"
+        )
+    return config
+
+
+def needs_unlabelled(config: Mapping[str, Any]) -> bool:
+    """Whether the method of a configuration wants unlabelled speech."""
+    name = config.get("method", "supervised")
+    settings = config_of(name, config.get("method_conf", {}))
+    return module_of(name).Method.pairing(settings).unlabelled > 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Merge the configurations, write them to the output directory, and call the task."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    paths, rest = [], []
+    while argv:
+        word = argv.pop(0)
+        if word == "--config" and argv:
+            paths.append(argv.pop(0))
+        elif word.startswith("--config="):
+            paths.append(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    for word in rest:
+        flag = word.split("=")[0]
+        options = _parser()._option_string_actions
+        if flag.startswith("--") and flag not in options:
+            raise ConfigError(unknown("option", flag, options))
+    config = load_config(paths)
+    output_dir = _parser().parse_args(rest).output_dir
+    if output_dir is None:
+        raise ConfigError("--output_dir is needed")
+    merged = Path(output_dir) / "train.yaml"
+    merged.parent.mkdir(parents=True, exist_ok=True)
+    merged.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    PLTask.main(cmd=["--config", str(merged), *rest])
+
+
+def _merge(old: Mapping, new: Mapping) -> dict:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(config or {}, dict):
+        raise ConfigError(f"{path}: a mapping is expected, not {type(config).__name__}")
+    return config or {}
+
+
+def _check_conf(paths: Sequence, choices: ClassChoices, config: Mapping[str, Any]) -> None:
+    """The keys of ``encoder_conf`` and its like against the signature of the chosen class."""
+    conf = config.get(f"{choices.name}_conf") or {}
+    name = config.get(choices.name, choices.default)
+    if name is None or not conf:
+        return
+    try:
+        chosen = choices.get_class(name)
+    except ValueError:
+        raise ConfigError(
+            unknown(f"{_where(paths)}, {choices.name}", name, choices.choices())
+        ) from None
+    if chosen is None:
+        return
+    parameters = inspect.signature(chosen).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in conf:
+        if key not in parameters:
+            raise ConfigError(unknown(f"{_where(paths)}, {choices.name}_conf", key, parameters))
+
+
+def _where(paths: Sequence) -> str:
+    return " + ".join(map(str, paths)) or "configuration"
+
+
+@functools.cache
+def _parser():
+    return PLTask.get_parser()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,1 @@
+"""What a step sees: data directories, their validation, and which utterances meet in a step."""

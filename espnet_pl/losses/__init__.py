@@ -1,0 +1,1 @@
+"""Pure maths: tensors in, nats out; no state, no files, torch only."""

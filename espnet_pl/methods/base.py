@@ -1,0 +1,288 @@
+"""What every method is made of: a batch, terms, a student, and the method itself.
+
+A method sees a ``Batch`` and a ``Student`` and returns named ``Term``s; the
+bridge adds up weight · value and hands the sum to ESPnet's trainer.  A method
+does not know ESPnet, and a diagnostic is a term with weight 0.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from espnet_pl.data.pairing import Pairing
+from espnet_pl.parts.cache import PseudoLabelCache
+from espnet_pl.parts.pseudo_labels import label_statistics, propose, pseudo_loss
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: says which, and what would be valid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterances:
+    """Padded speech of n utterances, with labels if they have any."""
+
+    utt_id: list[str]
+    speech: Float[Tensor, "n samples ..."]
+    speech_lengths: Int[Tensor, " n"]
+    text: Int[Tensor, "n u"] | None = None  # padded with −1
+    text_lengths: Int[Tensor, " n"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.utt_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one update sees; any part may be missing."""
+
+    labelled: Utterances | None = None
+    unlabelled: Utterances | None = None
+    fresh: Utterances | None = None  # enter the pseudo-label cache before the update
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One summand of the objective, a mean over ``count`` utterances.
+
+    Ranks of a distributed job average a term by its own count: rank r with mean v_r
+    over c_r utterances contributes c_r · v_r / Σ_r c_r.  Weight 0 is a diagnostic.
+    """
+
+    value: Float[Tensor, ""]
+    weight: float = 1.0
+    count: int = 1
+
+
+def diagnostics(values: Mapping[str, float], count: int) -> dict[str, Term]:
+    """Numbers to be logged, as terms of weight 0."""
+    return {name: Term(torch.tensor(value), 0.0, count) for name, value in values.items()}
+
+
+class Student(Protocol):
+    """The questions a method may ask; a method asks them, never the architecture.
+
+    A student is a torch module: in training mode it sees the strong view of the speech
+    (SpecAugment, dropout), in eval mode the weak one.
+    """
+
+    blank: int  # index of the blank among the tokens
+    answers: frozenset[str]  # which of the methods below this architecture has
+
+    def supervised(self, x: Utterances) -> tuple[Tensor, dict[str, Tensor]]:
+        """The stock training criterion on x.text: mean loss, and its parts to be logged."""
+
+    def frame_log_probs(self, x: Utterances) -> tuple[Float[Tensor, "n t v"], Int[Tensor, " n"]]:
+        """Log-probabilities of tokens and blank in each frame, and the valid frames."""
+
+    def score(self, x: Utterances, labels: list[list[int]]) -> Float[Tensor, " n"]:
+        """log p(label|x) under the training criterion, in nats; −inf if it cannot be aligned."""
+
+
+class Method(nn.Module):
+    """A way to learn; the base learns from labelled speech only.
+
+    Subclasses override ``unlabelled`` and, as they need, ``label``, ``start`` and
+    ``after_step``.  What a method keeps between steps is in its ``state_dict``.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()  # questions the student must answer
+
+    def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.resources = resources
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))  # updates made
+
+    @classmethod
+    def pairing(cls, config: Any) -> Pairing:
+        """Which batches meet in an update."""
+        return Pairing()
+
+    def forward(self, student: nn.Module, batch: Batch) -> dict[str, Term]:
+        """The objective of one update, as named terms."""
+        if self.step == 0:
+            self.start(student)
+        terms: dict[str, Term] = {}
+        if batch.fresh is not None:  # first: this very update may train on them
+            terms |= self.label(student, batch.fresh)
+        if batch.labelled is not None:
+            terms |= self.labelled(student, batch.labelled)
+        if batch.unlabelled is not None:
+            terms |= self.unlabelled(student, batch.unlabelled)
+        return terms
+
+    def labelled(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
+        """The student's own training criterion, and its parts as diagnostics."""
+        loss, parts = student.supervised(x)
+        terms = {name: Term(value.detach(), 0.0, len(x)) for name, value in parts.items()}
+        return {"supervised": Term(loss, 1.0, len(x)), **terms}
+
+    def unlabelled(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
+        """What unlabelled speech adds."""
+        raise NotImplementedError(f"{type(self).__module__} asks for unlabelled speech, but has no use for it")
+
+    def label(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
+        """Give speech that enters the cache its pseudo-labels."""
+        raise NotImplementedError(f"{type(self).__module__} asks for a cache, but has none")
+
+    def start(self, student: nn.Module) -> None:
+        """Called before each forward pass until the first update has been made.
+
+        ESPnet loads ``init_param`` after a model is built: a copy taken in
+        ``__init__`` would be a copy of random weights.
+        """
+
+    def after_step(self, student: nn.Module) -> None:
+        """Called once after each real update of the student."""
+        self.step += 1
+
+
+class PseudoLabelling(Method):
+    """A method that learns hard pseudo-labels: who makes them, and when, is all that is left open.
+
+    The settings need ``weight`` and ``max_labels``, and the fields of ``Pairing`` they set.
+    """
+
+    requires = frozenset({"frame_log_probs", "score"})
+
+    def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
+        super().__init__(config, student, resources)
+        self.cache = PseudoLabelCache()
+
+    @classmethod
+    def pairing(cls, config: Any) -> Pairing:
+        """The fields of ``Pairing`` that the settings have by the same name."""
+        names = [f.name for f in dataclasses.fields(Pairing)]
+        return Pairing(**{n: getattr(config, n) for n in names if hasattr(config, n)})
+
+    def proposer(self, student: nn.Module) -> nn.Module:
+        """The network that labels."""
+        raise NotImplementedError(f"{type(self).__module__} does not say who labels")
+
+    def unlabelled(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
+        """The student's loss on cached labels, or on labels made on the spot."""
+        cached = self.pairing(self.config).capacity > 0
+        terms = {} if cached else self.label(student, x)
+        labels = [self.cache.get(i) for i in x.utt_id]
+        loss = pseudo_loss(student, x, labels, self.config.max_labels)
+        age = sum(int(self.step) - self.cache.made_at(i) for i in x.utt_id) / len(x)
+        terms |= diagnostics({**loss.dropped, "label_age": age}, len(x))
+        return {"pseudo": Term(loss.loss, self.config.weight, loss.kept), **terms}
+
+    def label(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
+        """Label x now, in the weak view, and keep the labels by utterance id."""
+        made = propose(self.proposer(student), x)
+        values = label_statistics(x, made, self.cache, self.resources.get("truth", {}))
+        for utt_id, label in zip(x.utt_id, made.labels):
+            self.cache.put(utt_id, label, int(self.step))
+        return diagnostics(values, len(x))
+
+
+def module_of(name: str) -> types.ModuleType:
+    """The module of a method: a file in ``espnet_pl/methods``, or a dotted path.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    path = name if "." in name else f"espnet_pl.methods.{name}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != path:
+            raise
+        raise ConfigError(unknown("method", name, methods())) from None
+
+
+def methods() -> list[str]:
+    """The names of all methods: the files beside this one."""
+    import pkgutil
+
+    import espnet_pl.methods
+
+    return sorted(m.name for m in pkgutil.iter_modules(espnet_pl.methods.__path__) if m.name != "base")
+
+
+def config_of(name: str, conf: Mapping[str, Any]) -> Any:
+    """The typed settings of a method.
+
+    Raises:
+        ConfigError: a field that the method does not have, or a value of the wrong type or range.
+    """
+    config_class = module_of(name).Config
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    hints = typing.get_type_hints(config_class)
+    for key, value in conf.items():
+        if key not in fields:
+            raise ConfigError(unknown(f"method_conf of {name}", key, fields))
+        if not _fits(value, hints[key]):
+            raise ConfigError(
+                f"method_conf of {name}: {key} is {value!r}, it must be {_spell(hints[key])}"
+            )
+    try:
+        return config_class(**conf)
+    except ValueError as error:
+        raise ConfigError(f"method_conf of {name}: {error}") from None
+
+
+def build(
+    name: str,
+    conf: Mapping[str, Any],
+    student: nn.Module,
+    resources: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Method:
+    """A method by name.
+
+    Args:
+        name: a file in ``espnet_pl/methods``, or a dotted path.
+        conf: fields of its ``Config`` that are not at their default.
+        student: what will be trained; answers ``Student``'s questions.
+        resources: what comes from outside, by name: ``truth``, the held-back labels of
+            unlabelled utterances (for diagnostics only).
+
+    Raises:
+        ConfigError: unknown method or setting, or a student that cannot answer.
+    """
+    config = config_of(name, conf)
+    method_class = module_of(name).Method
+    lacking = sorted(method_class.requires - student.answers)
+    if lacking:
+        raise ConfigError(
+            f"method {name} asks the student for {', '.join(lacking)}, which this architecture "
+            "does not have; give it a CTC branch (model_conf: ctc_weight > 0) or use another method"
+        )
+    return method_class(config, student, resources)
+
+
+def unknown(what: str, key: str, known) -> str:
+    """The words for a name that does not exist: the nearest one that does, or all."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
+    return f"{what}: unknown {key!r}; {hint}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in options
+    if options:
+        return any(_fits(value, option) for option in options)
+    if hint is float:  # 1 is a float to whoever writes YAML, True is not
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return " or ".join(getattr(h, "__name__", str(h)) for h in typing.get_args(hint) or (hint,))

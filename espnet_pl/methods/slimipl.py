@@ -1,0 +1,79 @@
+r"""slimIPL: continuous pseudo-labelling with hard labels and a dynamic cache.
+
+Source: Likhomanenko, Xu, Kahn, Synnaeve, Collobert, "slimIPL", arXiv:2010.11524; details from the
+    authors' code, flashlight/wav2letter recipes/slimIPL (Train.cpp, *_slimipl.cfg).
+Equation: L = L_sup(x, y) on N_L and λ-weighted L_u on N_U of N_L + N_U updates,
+    L_u = − log p_θ(ŷ|strong(x)),  ŷ = greedy(θ', weak(x)) from the cache or made on the spot;
+    θ' = θ (live), its moving average (ema), or its state at the start (frozen).
+Differs from the paper: the loss is not divided by the square root of the label length but is
+    ESPnet's own criterion; labels are token sequences, not words sent through a lexicon; filling
+    the cache takes no updates (the labels are the same, see data/pairing.py); unusable labels are
+    dropped, where the code trains on '|' for an empty and cuts a too long one.
+    Defaults are those of the released 100 h configuration, except warmup: recipes start from a
+    trained seed, the paper from scratch with M = 20000.
+Cost: per unlabelled update one training pass, and p (with a cache) or 1 (without) forward
+    passes without gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from espnet_pl.methods import base
+from espnet_pl.parts.schedule import set_dropout
+from espnet_pl.parts.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields that are not set keep these values; names of the released flags beside them."""
+
+    labelled: int = 1  # N_L                                   slimIPL_sup_updates
+    unlabelled: int = 4  # N_U                                 slimIPL_unsup_updates
+    warmup: int = 0  # M, supervised updates before pseudo-labels; 20000
+    capacity: int = 100  # C, batches; 0 labels on the spot    slimIPL_cache_size
+    replace: float = 0.1  # p                                  slimIPL_cache_prob
+    teacher: Literal["live", "ema", "frozen"] = "live"  #      slimIPL_ema
+    decay: float = 0.999  # of the moving average              slimIPL_ema_decay
+    decay_warmup: float = 0.0  # w of parts/teacher.py, in updates; not in the paper
+    weight: float = 1.0  # of an unlabelled update; the paper's λ is the ratio N_U / N_L
+    dropout: float | None = None  # before and during warm-up; None: as in the model's configuration
+    dropout_after: float | None = None  # from the first pseudo-label on; 0.1
+    max_labels: int = 1000  # tokens; longer pseudo-labels are dropped
+
+    def __post_init__(self) -> None:
+        if self.max_labels < 1:
+            raise ValueError("max_labels must be at least 1")
+        for name in ("dropout", "dropout_after"):
+            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must lie in [0, 1)")
+        Method.pairing(self)
+
+
+class Method(base.PseudoLabelling):
+    """Teacher, cache, and the diagnostics of pseudo-labels."""
+
+    def __init__(self, config, student, resources):
+        super().__init__(config, student, resources)
+        self.teacher = None
+        if config.teacher != "live":
+            decay = config.decay if config.teacher == "ema" else 1.0
+            self.teacher = Teacher(student, decay, config.decay_warmup)
+
+    def forward(self, student, batch):
+        warm = self.step < self.config.warmup
+        rate = self.config.dropout if warm else self.config.dropout_after
+        if rate is not None:
+            set_dropout(student, rate)
+        return super().forward(student, batch)
+
+    def proposer(self, student):
+        return self.teacher.network if self.teacher else student
+
+    def start(self, student):
+        if self.teacher:
+            self.teacher.copy(student)
+
+    def after_step(self, student):
+        super().after_step(student)
+        if self.teacher and self.config.teacher == "ema":
+            self.teacher.follow(student)

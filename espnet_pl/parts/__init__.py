@@ -1,0 +1,1 @@
+"""State that outlives a step, and tools with a model inside."""

@@ -1,0 +1,38 @@
+r"""From frame distributions to label sequences.
+
+    ŷ = B(argmax_k p_1(k), …, argmax_k p_T(k)),   B: merge repeats, then drop blanks
+
+The order matters: blanks dropped first would merge real double letters (l ∅ l → l).
+Source: best-path decoding, Graves et al., ICML 2006, section 3.2.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def greedy(
+    log_p: Float[Tensor, "n t v"], frames: Int[Tensor, " n"], blank: int = 0
+) -> list[list[int]]:
+    """The label sequence of each utterance's best path; may be empty."""
+    best = log_p.argmax(dim=-1)  # n t
+    return [
+        collapse(path[:length], blank) for path, length in zip(best.cpu(), frames.tolist())
+    ]
+
+
+def collapse(path: Int[Tensor, " t"], blank: int = 0) -> list[int]:
+    """B(path): repeats merged, then blanks dropped."""
+    merged = torch.unique_consecutive(path)
+    return merged[merged != blank].tolist()
+
+
+def pad(
+    labels: list[list[int]], device: torch.device | str = "cpu"
+) -> tuple[Int[Tensor, "n u"], Int[Tensor, " n"]]:
+    """Sequences as one tensor, padded with −1 (ESPnet's ``ignore_id``), and their lengths."""
+    lengths = torch.tensor([len(y) for y in labels], dtype=torch.long)
+    padded = torch.full((len(labels), int(max([0, *lengths.tolist()]))), -1, dtype=torch.long)
+    for row, y in zip(padded, labels):
+        row[: len(y)] = torch.tensor(y, dtype=torch.long)
+    return padded.to(device), lengths.to(device)

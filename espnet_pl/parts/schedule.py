@@ -1,0 +1,15 @@
+"""Numbers that depend on the step."""
+
+from torch import nn
+
+
+def set_dropout(network: nn.Module, rate: float) -> None:
+    """Give every dropout layer of the network this rate.
+
+    'Dynamic dropout' of slimIPL: high while only the few labelled utterances are
+    seen, low once pseudo-labels come in (arXiv:2010.11524; the released
+    configurations go from 0.5 or 0.3 to 0.1).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = rate

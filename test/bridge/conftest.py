@@ -1,0 +1,91 @@
+"""A recipe in miniature: noise for speech, letters for tokens, the real ESPnet around it."""
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+ASR = {
+    "frontend": "default",
+    "frontend_conf": {"fs": "8k", "n_fft": 128, "hop_length": 80, "n_mels": 16},
+    "specaug": "specaug",
+    "specaug_conf": {
+        "apply_time_warp": False,
+        "apply_freq_mask": True,
+        "freq_mask_width_range": [0, 4],
+        "num_freq_mask": 1,
+        "apply_time_mask": True,
+        "time_mask_width_range": [0, 5],
+        "num_time_mask": 1,
+    },
+    "normalize": "utterance_mvn",
+    "encoder": "conformer",
+    "encoder_conf": {
+        "output_size": 8,
+        "attention_heads": 2,
+        "linear_units": 8,
+        "num_blocks": 1,
+        "macaron_style": True,
+        "rel_pos_type": "latest",
+        "pos_enc_layer_type": "rel_pos",
+        "selfattention_layer_type": "rel_selfattn",
+        "cnn_module_kernel": 3,
+    },
+    "model_conf": {"ctc_weight": 1.0},
+    "optim": "adam",
+    "optim_conf": {"lr": 0.01},
+    "batch_type": "numel",
+    "batch_bins": 24000,
+    "best_model_criterion": [["valid", "loss", "min"]],
+    "keep_nbest_models": 2,
+    "num_workers": 0,
+    "max_epoch": 2,
+    "num_iters_per_epoch": 5,
+    "log_interval": 1,
+}
+DECODER = {"decoder": "transformer", "decoder_conf": {"attention_heads": 2, "linear_units": 8, "num_blocks": 1}}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """data/{labelled,unlabelled,dev} under a folder, and a token list."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for name, size in (("labelled", 8), ("unlabelled", 10), ("dev", 3)):
+        folder = root / "data" / name
+        folder.mkdir(parents=True)
+        lines = {"wav.scp": [], "text": [], "speech_shape": []}
+        for i in range(size):
+            utt_id, samples = f"{name}{i:02d}", int(rng.integers(4000, 6000))
+            wav = folder / f"{utt_id}.wav"
+            soundfile.write(wav, 0.1 * rng.standard_normal(samples), 8000)
+            lines["wav.scp"].append(f"{utt_id} {wav}")
+            lines["text"].append(f"{utt_id} {' '.join(rng.choice(list('ABC'), 3))}")
+            lines["speech_shape"].append(f"{utt_id} {samples}")
+        for file, content in lines.items():
+            if (name, file) == ("unlabelled", "text"):
+                file = "truth"
+            (folder / file).write_text("\n".join(content) + "\n")
+    (root / "tokens.txt").write_text("<blank>\n<unk>\nA\nB\nC\n<sos/eos>\n")
+    return root
+
+
+@pytest.fixture
+def arguments(corpus, tmp_path):
+    """The argv of ``espnet_pl.bridge.train`` for a method, with changes to the configuration."""
+
+    def make(method="slimipl", out="exp", method_conf=None, **changes):
+        asr, own = tmp_path / f"{out}_asr.yaml", tmp_path / f"{out}_method.yaml"
+        asr.write_text(yaml.safe_dump(ASR))
+        own.write_text(yaml.safe_dump({"method": method, "method_conf": method_conf or {}, **changes}))
+        argv = ["--config", str(asr), "--config", str(own), "--output_dir", str(tmp_path / out)]
+        argv += ["--token_list", str(corpus / "tokens.txt"), "--token_type", "word", "--ngpu", "0"]
+        for flag, name in (("train", "labelled"), ("valid", "dev"), ("unlabelled", "unlabelled")):
+            data = corpus / "data" / name
+            argv += [f"--{flag}_data_path_and_name_and_type", f"{data}/wav.scp,speech,sound"]
+            argv += [f"--{flag}_shape_file", f"{data}/speech_shape"]
+            if flag != "unlabelled":
+                argv += [f"--{flag}_data_path_and_name_and_type", f"{data}/text,text,text"]
+        return [*argv, "--truth", str(corpus / "data/unlabelled/truth")]
+
+    return make

@@ -1,0 +1,210 @@
+"""bridge: real ESPnet training, exact restarts, stock checkpoints, configurations that are refused."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from espnet2.tasks.asr import ASRTask
+
+from espnet_pl.bridge.export import export
+from espnet_pl.bridge.train import ConfigError, load_config, main, needs_unlabelled
+from espnet_pl.methods.base import methods
+from test.bridge.conftest import DECODER
+
+SMALL = {"capacity": 2, "unlabelled": 2, "replace": 0.5}
+
+
+def weights(path):
+    return torch.load(path, weights_only=False)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def conf_of(method):
+    return SMALL if method == "slimipl" else {}
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_restart_continues_bit_by_bit(method, arguments, tmp_path):
+    conf = conf_of(method)
+    main(arguments(method, "whole", conf, max_epoch=3))
+    main(arguments(method, "parts", conf, max_epoch=1))
+    main([*arguments(method, "parts", conf, max_epoch=3), "--resume", "true"])
+    whole, parts = (weights(tmp_path / d / "checkpoint.pth") for d in ("whole", "parts"))
+    assert same(whole["model"], parts["model"])
+    assert same(whole["optimizers"], parts["optimizers"])
+    assert whole["optimizers"][0]["method"]["step"] == 15
+
+
+def test_every_checkpoint_is_a_stock_one(arguments, tmp_path):
+    main(arguments("slimipl", method_conf=SMALL | {"teacher": "ema"}))
+    net, _ = ASRTask.build_model_from_file(
+        tmp_path / "exp/config.yaml", tmp_path / "exp/2epoch.pth", "cpu"
+    )
+    saved = weights(tmp_path / "exp/2epoch.pth")
+    assert net.state_dict().keys() == saved.keys()
+    assert all(torch.equal(saved[k], v) for k, v in net.state_dict().items())
+    method = weights(tmp_path / "exp/checkpoint.pth")["optimizers"][0]["method"]
+    assert any(k.startswith("teacher.") for k in method)
+
+
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_an_exported_model_gives_the_log_probabilities_of_training(source, arguments, tmp_path):
+    main(arguments("mpl", method_conf={"horizon": 2}, keep_nbest_models=1))
+    exp = tmp_path / "exp"
+    export(exp, exp / "model", source)
+    config = yaml.safe_load((exp / "model/config.yaml").read_text())
+    assert not [k for k in config if k.startswith(("method", "unlabelled", "truth"))]
+    exported, _ = ASRTask.build_model_from_file(
+        exp / "model/config.yaml", exp / "model/model.pth", "cpu"
+    )
+    state = weights(exp / "checkpoint.pth")["optimizers"][0]["method"]
+    prefix = "teacher._average.module.net."
+    if source == "teacher":
+        expected = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    else:
+        expected = weights(exp / "valid.loss.ave.pth")
+    reference, _ = ASRTask.build_model_from_file(exp / "config.yaml", exp / "2epoch.pth", "cpu")
+    reference.load_state_dict(expected)
+    speech, lengths = torch.randn(2, 5000), torch.tensor([5000, 4000])
+    outputs = [m.eval().encode(speech, lengths)[0] for m in (exported, reference)]
+    assert torch.equal(*(m.ctc.log_softmax(o) for m, o in zip((exported, reference), outputs)))
+
+
+def test_export_of_an_unfinished_run_says_so(arguments, tmp_path):
+    main([*arguments(), "--dry_run", "true"])
+    with pytest.raises(FileNotFoundError, match="has not finished"):
+        export(tmp_path / "exp", tmp_path / "exp/model")
+    assert not (tmp_path / "exp/model").exists()
+
+
+def test_a_teacher_is_exported_only_where_there_is_one(arguments, tmp_path):
+    main(arguments("supervised", max_epoch=1))
+    with pytest.raises(ValueError, match="no teacher"):
+        export(tmp_path / "exp", tmp_path / "exp/model", "teacher")
+
+
+@pytest.mark.parametrize("method", methods())
+def test_attention_models_train_too(method, arguments, tmp_path):
+    main(
+        arguments(
+            method, method_conf=conf_of(method), max_epoch=1, **DECODER, model_conf={"ctc_weight": 0.3}
+        )
+    )
+    names = weights(tmp_path / "exp/1epoch.pth")
+    assert any(k.startswith("decoder.") for k in names)
+    assert all(v.isfinite().all() for v in names.values() if v.is_floating_point())
+
+
+def test_diagnostics_are_in_the_log(arguments, tmp_path, caplog):
+    caplog.set_level("INFO")
+    main(arguments(method_conf=SMALL))
+    text = caplog.text
+    for name in ("pseudo", "supervised", "blank_share", "frame_entropy", "token_entropy",
+                 "labels_empty", "label_age", "label_churn", "label_error_rate"):
+        assert re.search(rf"\b{name}=", text), name
+
+
+def test_a_seed_is_what_the_teacher_starts_from(arguments, tmp_path):
+    main(arguments("supervised", "seed", max_epoch=1))
+    seed = tmp_path / "seed/1epoch.pth"
+    frozen = {"teacher": "frozen", "capacity": 0, "unlabelled": 1}
+    main([*arguments("slimipl", "pl", frozen, max_epoch=1), "--init_param", str(seed)])
+    state = weights(tmp_path / "pl/checkpoint.pth")["optimizers"][0]["method"]
+    for name, value in weights(seed).items():
+        assert torch.equal(state[f"teacher._average.module.net.{name}"], value), name
+
+
+def test_parts_of_a_seed_can_be_loaded_as_in_stock_espnet(arguments, tmp_path):
+    main(arguments("supervised", "seed", max_epoch=1))
+    seed = tmp_path / "seed/1epoch.pth"
+    argv = arguments("supervised", "next", max_epoch=1, optim_conf={"lr": 0.0})
+    main([*argv, "--init_param", f"{seed}:encoder:encoder"])
+    old, new = weights(seed), weights(tmp_path / "next/1epoch.pth")
+    moving = ("running", "batches")
+    mine = [k for k in old if k.startswith("encoder.") and not any(m in k for m in moving)]
+    assert mine and all(torch.equal(old[k], new[k]) for k in mine)
+    assert not torch.equal(old["ctc.ctc_lo.weight"], new["ctc.ctc_lo.weight"])
+
+
+def test_frozen_parameters_stay(arguments, tmp_path):
+    main(arguments("supervised", "a", max_epoch=1))
+    init = ["--init_param", str(tmp_path / "a/1epoch.pth")]
+    main([*arguments("supervised", "b", max_epoch=1, freeze_param=["ctc"]), *init])
+    a, b = weights(tmp_path / "a/1epoch.pth"), weights(tmp_path / "b/1epoch.pth")
+    assert torch.equal(a["ctc.ctc_lo.weight"], b["ctc.ctc_lo.weight"])
+    assert not torch.equal(a["encoder.embed.conv.0.weight"], b["encoder.embed.conv.0.weight"])
+    with pytest.raises(ConfigError, match="no parameter 'ctcx'"):
+        main(arguments("supervised", "c", freeze_param=["ctcx"]))
+
+
+def test_a_checkpoint_of_stock_espnet_is_not_continued_silently(arguments, tmp_path):
+    main(arguments("supervised", max_epoch=1))
+    path = tmp_path / "exp/checkpoint.pth"
+    states = weights(path)
+    del states["optimizers"][0]["method"]
+    torch.save(states, path)
+    with pytest.raises(RuntimeError, match="not written by espnet_pl"):
+        main([*arguments("supervised", max_epoch=2), "--resume", "true"])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"metod": "mpl"}, "unknown 'metod'; did you mean 'method'"),
+        ({"method": "slimpl"}, "did you mean 'slimipl'"),
+        ({"method": "slimipl", "method_conf": {"capacty": 3}}, "did you mean 'capacity'"),
+        ({"encoder_conf": {"num_block": 2}}, "encoder_conf: unknown 'num_block'"),
+        ({"encoder": "confomer"}, "did you mean 'conformer'"),
+        ({"best_model_criterion": [["valid", "loss", "min"], ["valid", "acc", "max"]]}, "one of each"),
+    ],
+)
+def test_bad_configurations_are_refused_before_any_work(changes, message, arguments, tmp_path):
+    argv = arguments("supervised", **{k: v for k, v in changes.items() if "method" not in k})
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(changes))
+    with pytest.raises(ConfigError, match=message):
+        main([*argv, "--config", str(tmp_path / "bad.yaml")])
+    assert not (tmp_path / "exp").exists()
+
+
+def test_a_misspelt_flag_is_refused_and_the_nearest_named(arguments):
+    with pytest.raises(ConfigError, match="did you mean '--max_epoch'"):
+        main([*arguments(), "--max_epohc", "3"])
+
+
+def test_later_files_change_what_earlier_ones_said_key_by_key(tmp_path):
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text("encoder: conformer\nencoder_conf: {num_blocks: 2, output_size: 8}\n")
+    b.write_text("encoder_conf: {num_blocks: 3}\nrecipe: {init: supervised}\n")
+    assert load_config([a, b]) == {
+        "encoder": "conformer",
+        "encoder_conf": {"num_blocks": 3, "output_size": 8},
+    }
+
+
+@pytest.mark.parametrize("text, message", [("- 1\n", "a mapping"), ("a: [\n", "is not YAML")])
+def test_files_that_are_no_configuration(text, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config([tmp_path / "a.yaml"])
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config([tmp_path / "missing.yaml"])
+
+
+def test_who_needs_unlabelled_speech():
+    assert not needs_unlabelled({"method": "supervised"})
+    assert needs_unlabelled({"method": "mpl"})
+
+
+def test_unlabelled_speech_that_is_missing_is_asked_for(arguments):
+    argv = arguments(method_conf=SMALL)
+    start = argv.index("--unlabelled_data_path_and_name_and_type")
+    with pytest.raises(ConfigError, match="needs unlabelled speech"):
+        main(argv[:start] + argv[start + 4 :])

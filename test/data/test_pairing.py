@@ -1,0 +1,138 @@
+"""data/pairing: ratios, passes, and the slimIPL cache against its authors' loop."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from espnet_pl.data.pairing import Pairing, Step, plan
+
+
+def steps(pairing, n, n_labelled=7, n_unlabelled=11, seed=0):
+    return list(islice(plan(pairing, n_labelled, n_unlabelled, seed), n))
+
+
+def test_in_turn_the_ratio_is_exact_in_every_block_and_the_order_is_not_always_the_same():
+    found = steps(Pairing(labelled=2, unlabelled=3), 50)
+    blocks = [found[i : i + 5] for i in range(0, 50, 5)]
+    patterns = [tuple(s.labelled is not None for s in block) for block in blocks]
+    assert all(sum(p) == 2 for p in patterns) and len(set(patterns)) > 1
+    assert all((s.labelled is None) != (s.unlabelled is None) for s in found)
+
+
+def test_together_every_update_sees_both():
+    found = steps(Pairing(unlabelled=1, together=True), 20)
+    assert all(s.labelled is not None and s.unlabelled is not None for s in found)
+
+
+def test_each_stream_is_passed_whole_shuffled_anew_and_the_shorter_cycles():
+    found = steps(Pairing(unlabelled=1, together=True), 33)
+    unlabelled = [s.unlabelled for s in found]
+    passes = [unlabelled[i : i + 11] for i in range(0, 33, 11)]
+    assert all(sorted(p) == list(range(11)) for p in passes)
+    assert passes[0] != passes[1] and passes[0] != list(range(11))
+    labelled = [s.labelled for s in found]
+    assert sorted(labelled[7:14]) == list(range(7)) and labelled[:7] != labelled[7:14]
+
+
+def test_warmup_is_labelled_only():
+    found = steps(Pairing(unlabelled=1, warmup=9, capacity=2), 30)
+    assert all(s.labelled is not None and not s.fresh for s in found[:9])
+    assert any(s.unlabelled is not None for s in found[9:])
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_another():
+    pairing = Pairing(labelled=1, unlabelled=4, capacity=5)
+    assert steps(pairing, 100) == steps(pairing, 100)
+    assert steps(pairing, 100) != steps(pairing, 100, seed=1)
+
+
+def unlabelled_turns(pairing, n, n_unlabelled):
+    """Used batch and labelled batches of each unlabelled update, without labelled ones between."""
+    return [
+        (s.unlabelled, s.fresh)
+        for s in steps(pairing, n, n_unlabelled=n_unlabelled)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_batch_is_labelled_before_it_is_used(seed):
+    """Labelled in an earlier update or first thing in the same one, never later."""
+    pairing = Pairing(labelled=1, unlabelled=4, capacity=6, replace=0.5)
+    labelled, used = set(), 0
+    for step in steps(pairing, 200, seed=seed):
+        labelled |= set(step.fresh)
+        if step.unlabelled is not None:
+            assert step.unlabelled in labelled
+            used += 1
+    assert used > 100
+
+
+def test_filling_takes_no_update_where_labelled_ones_exist():
+    pairing = Pairing(labelled=1, unlabelled=4, capacity=6)
+    found = steps(pairing, 40)
+    first = next(i for i, s in enumerate(found) if s.unlabelled is not None)
+    assert all(s.labelled is not None for s in found[:first])
+    # The batch of this very update may be followed by a replacement of its own.
+    assert sum(len(s.fresh) for s in found[: first + 1]) in (6, 7)
+
+
+def test_a_sweep_uses_every_entry_once():
+    """Between sweeps nothing is lost: with p = 0 the cache is passed over and over."""
+    turns = unlabelled_turns(Pairing(labelled=0, unlabelled=1, capacity=5, replace=0.0), 25, 50)
+    filled = [fresh[0] for used, fresh in turns[:5]]
+    assert all(used is None for used, _ in turns[:5])
+    for sweep in (turns[5:10], turns[10:15], turns[15:20]):
+        assert sorted(used for used, _ in sweep) == sorted(filled)
+        assert all(fresh == () for _, fresh in sweep)
+
+
+def test_a_new_entry_waits_for_the_next_sweep():
+    turns = unlabelled_turns(Pairing(labelled=0, unlabelled=1, capacity=5, replace=1.0), 40, 100)
+    for begin in range(5, 30, 5):
+        entered = sorted(fresh[0] for _, fresh in turns[begin : begin + 5])
+        used_next = sorted(used for used, _ in turns[begin + 5 : begin + 10])
+        assert used_next == entered
+
+
+def test_an_entry_is_used_one_over_p_times_in_the_mean():
+    p = 0.25
+    turns = unlabelled_turns(
+        Pairing(labelled=0, unlabelled=1, capacity=20, replace=p), 40_020, 10**6
+    )
+    uses = Counter(used for used, _ in turns if used is not None)
+    replaced = sum(len(fresh) for used, fresh in turns if used is not None)
+    assert replaced / 40_000 == pytest.approx(p, rel=0.05)
+    assert sum(uses.values()) / len(uses) == pytest.approx(1 / p, rel=0.05)
+
+
+def test_without_a_cache_nothing_is_announced():
+    found = steps(Pairing(labelled=1, unlabelled=1), 20)
+    assert all(s.fresh == () for s in found)
+
+
+def test_labelled_only():
+    assert steps(Pairing(), 3, n_unlabelled=0) == [Step(labelled=i) for i in
+                                                  [s.labelled for s in steps(Pairing(), 3)]]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(labelled=-1),
+        dict(labelled=0, unlabelled=0),
+        dict(replace=1.5),
+        dict(together=True, unlabelled=4),
+        dict(capacity=-1),
+    ],
+)
+def test_impossible_pairings_are_refused(bad):
+    with pytest.raises(ValueError):
+        Pairing(**bad)
+
+
+def test_missing_streams_are_refused_at_once():
+    with pytest.raises(ValueError, match="no labelled"):
+        plan(Pairing(), 0, 5)
+    with pytest.raises(ValueError, match="no unlabelled"):
+        plan(Pairing(unlabelled=1), 5, 0)

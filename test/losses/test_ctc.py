@@ -1,0 +1,117 @@
+"""losses/ctc: brute force over alignments · gradient · closed form · invariance · hostile input."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from espnet_pl.losses.ctc import ctc, feasible
+
+
+def collapse(path, blank):
+    merged = [k for k, _ in itertools.groupby(path)]
+    return [k for k in merged if k != blank]
+
+
+def brute_force(log_p, frames, labels, label_lengths, blank):
+    """The equation of the docstring: every path of the vocabulary, one utterance at a time."""
+    losses = []
+    for lp, t, y, u in zip(log_p.tolist(), frames.tolist(), labels.tolist(), label_lengths.tolist()):
+        mass = 0.0
+        for path in itertools.product(range(log_p.shape[-1]), repeat=t):
+            if collapse(path, blank) == y[:u]:
+                mass += math.exp(sum(lp[i][k] for i, k in enumerate(path)))
+        losses.append(-math.log(mass) if mass else 0.0)
+    return torch.tensor(losses, dtype=log_p.dtype)
+
+
+def example(blank=0, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, 4, 3, generator=g, dtype=dtype, requires_grad=True)
+    a, b = [k for k in range(3) if k != blank]
+    labels = torch.tensor([[a, b, -1], [a, a, -1], [a, b, a], [-1, -1, -1], [a, a, a]])
+    return logits, torch.tensor([4, 3, 4, 2, 4]), labels, torch.tensor([2, 2, 3, 0, 3])
+
+
+@pytest.mark.parametrize("blank", [0, 1, 2])
+def test_equals_the_sum_over_all_alignments(blank):
+    logits, *rest = example(blank)
+    log_p = logits.log_softmax(-1)
+    torch.testing.assert_close(ctc(log_p, *rest, blank=blank), brute_force(log_p, *rest, blank))
+
+
+def test_gradient_is_the_numerical_one():
+    logits, *rest = example()
+    assert torch.autograd.gradcheck(lambda z: ctc(z.log_softmax(-1), *rest), (logits,))
+
+
+def test_one_frame_one_label_is_cross_entropy():
+    log_p = torch.tensor([[[0.2, 0.5, 0.3]]], dtype=torch.float64).log()
+    loss = ctc(log_p, torch.tensor([1]), torch.tensor([[2]]), torch.tensor([1]))
+    torch.testing.assert_close(loss.exp(), torch.tensor([1 / 0.3], dtype=torch.float64))
+
+
+def test_an_empty_label_costs_the_blanks():
+    logits, frames, labels, _ = example()
+    log_p = logits.log_softmax(-1)
+    loss = ctc(log_p, frames, labels, torch.zeros(5, dtype=torch.long))
+    expected = [-log_p[i, :t, 0].sum() for i, t in enumerate(frames.tolist())]
+    torch.testing.assert_close(loss, torch.stack(expected))
+
+
+def test_padding_and_company_change_nothing():
+    logits, frames, labels, lengths = example()
+    log_p = logits.log_softmax(-1)
+    together = ctc(log_p, frames, labels, lengths)
+    for i, (t, u) in enumerate(zip(frames.tolist(), lengths.tolist())):
+        alone = ctc(
+            log_p[i : i + 1, :t], frames[i : i + 1], labels[i : i + 1, :u], lengths[i : i + 1]
+        )
+        torch.testing.assert_close(alone[0], together[i])
+
+
+def test_renaming_the_tokens_changes_nothing():
+    logits, frames, labels, lengths = example()
+    swapped = torch.where(labels > 0, 3 - labels, labels)
+    torch.testing.assert_close(
+        ctc(logits.log_softmax(-1), frames, labels, lengths),
+        ctc(logits[..., [0, 2, 1]].log_softmax(-1), frames, swapped, lengths),
+    )
+
+
+def test_feasible_counts_the_blank_between_repeats():
+    frames = torch.tensor([2, 3, 2, 1, 0, 4])
+    labels = torch.tensor([[1, 1], [1, 1], [1, 2], [1, 2], [0, 0], [1, 1]])
+    lengths = torch.tensor([2, 2, 2, 2, 0, 1])
+    assert feasible(frames, labels, lengths).tolist() == [False, True, True, False, False, True]
+
+
+def test_no_alignment_costs_nothing_and_gives_no_gradient():
+    logits = torch.zeros(2, 2, 3, requires_grad=True)
+    loss = ctc(
+        logits.log_softmax(-1), torch.tensor([2, 2]), torch.tensor([[1, 1], [1, 2]]), torch.tensor([2, 2])
+    )
+    loss.sum().backward()
+    assert loss[0] == 0 and loss[1] > 0
+    assert (logits.grad[0] == 0).all() and logits.grad.isfinite().all()
+
+
+def test_a_zero_probability_is_no_nan():
+    log_p = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]).log()
+    loss = ctc(log_p, torch.tensor([2]), torch.tensor([[1]]), torch.tensor([1]))
+    torch.testing.assert_close(loss, torch.tensor([math.log(2)]))
+
+
+def test_half_precision_is_summed_in_single():
+    logits, *rest = example(dtype=torch.float32)
+    single = ctc(logits.log_softmax(-1), *rest)
+    half = ctc(logits.bfloat16().log_softmax(-1), *rest)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, single, rtol=0.02, atol=0.02)
+
+
+def test_a_blank_outside_the_vocabulary_is_refused():
+    logits, *rest = example()
+    with pytest.raises(ValueError, match="blank is 3"):
+        ctc(logits.log_softmax(-1), *rest, blank=3)

@@ -1,0 +1,46 @@
+"""parts/cache: keyed by id, whole through a checkpoint, clear about what is missing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from espnet_pl.parts.cache import PseudoLabelCache
+
+LABELS = st.dictionaries(
+    st.text(min_size=1).filter(lambda s: s.encode("utf-8", "ignore").decode() == s),
+    st.tuples(st.lists(st.integers(0, 2**31 - 1)), st.integers(0, 2**40)),
+)
+
+
+@given(LABELS)
+def test_a_checkpoint_brings_everything_back(entries):
+    cache, restored = PseudoLabelCache(), PseudoLabelCache()
+    for utt_id, (label, step) in entries.items():
+        cache.put(utt_id, label, step)
+    state = cache.state_dict()["_extra_state"]
+    assert all(isinstance(t, torch.Tensor) for t in state.values())
+    restored.load_state_dict(cache.state_dict())
+    assert len(restored) == len(entries)
+    for utt_id, (label, step) in entries.items():
+        assert restored.get(utt_id) == label and restored.made_at(utt_id) == step
+
+
+def test_a_new_label_replaces_the_old_one():
+    cache = PseudoLabelCache()
+    cache.put("a", [1, 2], 3)
+    cache.put("b", [], 4)
+    cache.put("a", [7], 5)
+    assert cache.get("a") == [7] and cache.made_at("a") == 5 and len(cache) == 2
+
+
+def test_what_is_kept_is_a_copy():
+    cache, label = PseudoLabelCache(), [1]
+    cache.put("a", label, 0)
+    label.append(2)
+    assert cache.get("a") == [1]
+
+
+def test_an_unlabelled_utterance_is_named():
+    with pytest.raises(KeyError, match="no pseudo-label for utterance 'x'.*start|Start"):
+        PseudoLabelCache().get("x")

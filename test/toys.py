@@ -1,0 +1,85 @@
+"""A recogniser, speech and truth small enough to look at.
+
+The toy speaks in one-dimensional frames: the value of a sample is a token number plus
+noise, and ``frame_log_probs`` is a linear layer over a window of samples.
+"""
+
+import torch
+from torch import nn
+
+from espnet_pl.losses.ctc import ctc, feasible
+from espnet_pl.methods.base import Batch, Utterances
+from espnet_pl.parts.decoding import pad
+
+VOCABULARY = 5  # blank and four tokens
+
+
+class ToyStudent(nn.Module):
+    """Dropout (the strong view), batch normalisation (buffers), and a CTC layer."""
+
+    blank = 0
+    answers = frozenset({"supervised", "frame_log_probs", "score"})
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(VOCABULARY, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.dropout = nn.Dropout(0.2)
+        self.out = nn.Linear(16, VOCABULARY)
+        self.views = []  # training mode at each encoding, for the tests
+
+    def supervised(self, x):
+        labels = [t[: int(n)].tolist() for t, n in zip(x.text, x.text_lengths)]
+        loss = -self.score(x, labels).mean()
+        return loss, {"loss_ctc": loss}
+
+    def frame_log_probs(self, x):
+        self.views.append(self.training)
+        hidden = torch.tanh(self.hidden(x.speech))
+        hidden = self.norm(hidden.transpose(1, 2)).transpose(1, 2)
+        return self.out(self.dropout(hidden)).log_softmax(dim=-1), x.speech_lengths
+
+    def score(self, x, labels):
+        log_p, frames = self.frame_log_probs(x)
+        text, lengths = pad(labels)
+        score = -ctc(log_p, frames, text, lengths)
+        never = torch.full_like(score, -torch.inf)
+        return torch.where(feasible(frames, text, lengths), score, never)
+
+
+def utterances(n=3, seed=0, text=True, prefix="utt"):
+    """n utterances of 5 to 12 frames; frame t holds a noisy one-hot vector of its token."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 13, (n,), generator=g)
+    tokens = torch.randint(1, VOCABULARY, (n, 2), generator=g)
+    speech = 0.3 * torch.randn(n, int(lengths.max()), VOCABULARY, generator=g)
+    for i in range(n):
+        half = int(lengths[i]) // 2
+        speech[i, :half, tokens[i, 0]] += 1.0
+        speech[i, half:, tokens[i, 1]] += 1.0
+    extra = dict(text=tokens, text_lengths=torch.full((n,), 2)) if text else {}
+    return Utterances([f"{prefix}{i}" for i in range(n)], speech, lengths, **extra)
+
+
+def batch(labelled=True, unlabelled=True, fresh=False, seed=0):
+    """One batch; the fresh utterances are the unlabelled ones, so that they can be used at once."""
+    speech = utterances(seed=seed + 100, text=False, prefix="u")
+    return Batch(
+        labelled=utterances(seed=seed, prefix="l") if labelled else None,
+        unlabelled=speech if unlabelled else None,
+        fresh=speech if fresh else None,
+    )
+
+
+def speaking_student(seed=0):
+    """A student whose greedy labels are neither empty nor infeasible: trained for a moment."""
+    torch.manual_seed(seed)
+    student = ToyStudent()
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
+    for step in range(30):
+        optimizer.zero_grad()
+        student.supervised(utterances(n=8, seed=step))[0].backward()
+        optimizer.step()
+    student.zero_grad()
+    student.views.clear()
+    return student
