@@ -1,0 +1,44 @@
+"""Asks the bridge about configurations, in a process of its own: ESPnet takes seconds and memory.
+
+Usage: ``check FILE[,FILE...]...`` prints one JSON line with a verdict per configuration: whether
+it needs unlabelled speech, or what is wrong with it.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def ask(configurations: Sequence[Sequence[str]]) -> list[bool | str]:
+    """Verdicts: True (needs unlabelled speech), False, or a message about a mistake."""
+    argv = [sys.executable, "-m", __name__, *(",".join(files) for files in configurations)]
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    if done.returncode:
+        raise RuntimeError("\n".join(done.stderr.splitlines()[-15:]))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(configurations: Sequence[str]) -> None:
+    """Prints the verdicts."""
+    with contextlib.redirect_stdout(sys.stderr):  # ESPnet talks while it is imported
+        from espnet_pl.bridge.train import ConfigError, load_config, needs_unlabelled
+
+    verdicts: list[bool | str] = []
+    for files in configurations:
+        try:
+            verdicts.append(bool(needs_unlabelled(load_config(files.split(",")))))
+        except ConfigError as error:
+            verdicts.append(str(error))
+    print(json.dumps(verdicts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,191 @@
+"""The flags of ``run.sh``: ESPnet's, in both spellings; a mistake is refused before work."""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from espnet_pl.recipe import config, launch, progress, report, stages
+from espnet_pl.recipe.config import RecipeError
+
+NUMBERS = [str(number) for number, _ in enumerate(stages.STAGES, 1)]
+NAMES = [stage.__name__ for stage in stages.STAGES]
+EXAMPLES = """examples:
+  ./run.sh                                              the default runs, from data to RESULTS.md
+  ./run.sh --method all --seed 1,2,3                    the whole table, three seeds
+  ./run.sh --method slimipl --stage train --stop_stage measure --ngpu 1
+  ./run.sh --method all --dry_run                       print every command, do nothing
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the stages; 0 if all went well, 2 for a mistake of the user, 130 when stopped."""
+    try:
+        return _main(argv)
+    except (RecipeError, launch.LaunchError) as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str]) -> int:
+    began = time.monotonic()
+    args = _parse(argv)
+    recipe, runs = config.load_recipe(), config.load_runs()
+    chosen = _chosen(args.method, recipe, runs)
+    numbers = _numbers(args)
+    seeds = _seeds(args.seed) if args.seed else recipe.seeds
+    launch.backend(args.cmd)  # refused now, not after the first stage
+    print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['./run.sh', *argv])}", flush=True)
+    needed = config.with_inits(chosen, runs)
+    seen = [*args.expdir.glob("*/infer"), *args.expdir.glob("seed*/*/infer")]
+    others = sorted({path.parent.name for path in seen} & {*runs} - {*needed})
+    unlabelled = {}
+    if {4, 6} & {*numbers}:
+        unlabelled = config.check_runs(needed, others, args.expdir, write=not args.dry_run)
+    known = {name: run for name, run in runs.items() if name not in others or name in unlabelled}
+    plan = stages.Plan(
+        recipe, known, tuple(chosen), tuple(seeds), unlabelled,
+        args.expdir, args.dumpdir, args.ngpu, args.nj,
+    )  # fmt: skip
+    for number in numbers:
+        stage = stages.STAGES[number - 1]
+        print(f"Stage {number}: {stage.__name__}", flush=True)
+        jobs = list(stage(plan))
+        if not jobs:
+            print("nothing to do")
+        inits = {name for name in needed if name not in chosen}
+        # A run that is only a starting point was not named: it stays as it is.
+        force = {j.name for j in jobs if args.force and not inits & {*j.name.split()[1:2]}}
+        launch.run(jobs, args.cmd, args.nj, args.dry_run, force, [args.expdir, Path("log")])
+        if stage is stages.measure and not args.dry_run:
+            table = stages.results(plan)
+            print(table.read_text(encoding="utf-8").partition(f"\n## {report.DETAILS}")[0])
+            print(f"the rest is in {table}")
+    if not args.dry_run:
+        print(f"finished in {progress.duration(time.monotonic() - began)}")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="run.sh", usage="./run.sh [--flag value ...]", allow_abbrev=False,
+        description=_describe(argv), epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add, cores = parser.add_argument, len(os.sched_getaffinity(0))
+    add("--stage", default="1", help="first stage, by number or name (1)")
+    add("--stop_stage", default=str(len(NAMES)), help=f"last stage ({len(NAMES)})")
+    add("--skip_stages", default="", help="stages left out, for instance '1 3' or measure")
+    add("--method", help="runs, separated by commas, or all (recipe.yaml: default)")
+    add("--seed", help="seeds, separated by commas (recipe.yaml: seeds)")
+    add("--ngpu", type=int, default=0, help="GPUs of a training; 0 is the CPU (0)")
+    add("--nj", type=int, default=min(cores, 4), help=f"jobs at a time ({min(cores, 4)})")
+    add("--cmd", default=_backend(), help="local or slurm (cmd.sh)")
+    add("--expdir", type=Path, default=Path("exp"), help="experiments (exp)")
+    add("--dumpdir", type=Path, default=Path("dump"), help="audio made by local/data.sh (dump)")
+    for flag, text in (
+        ("--dry_run", "print the commands of all stages and touch nothing"),
+        ("--force", "redo; an earlier training's folder is moved aside, never mixed"),
+    ):
+        add(flag, nargs="?", const=True, default=False, type=_yes, metavar="true|false", help=text)
+    words = [_underscored(word) for word in argv]
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        raise RecipeError(config.did_you_mean(unknown[0].partition("=")[0], flags))
+    return args
+
+
+def _backend() -> str:
+    """``cmd_backend``: of the environment, else as cmd.sh sets it."""
+    script = Path("cmd.sh")
+    text = script.read_text(encoding="utf-8") if script.exists() else ""
+    found = re.findall(r"^\s*(?:export\s+)?cmd_backend=[\"']?(\w+)", text, re.MULTILINE)
+    return os.environ.get("cmd_backend") or [*found, "local"][0]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise RecipeError(f"{message}; see ./run.sh --help")
+
+
+def _underscored(word: str) -> str:
+    """``--stop-stage=3`` -> ``--stop_stage=3``."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    return f"--{flag.replace('-', '_')}{equals}{value}"
+
+
+def _describe(argv: Sequence[str]) -> str:
+    """Stages and runs, for ``--help``."""
+    if not {"--help", "-h"} & {*argv}:
+        return ""
+    lines = ["Trains, recognises and measures the runs of this recipe.", "", "stages:"]
+    for number, stage in enumerate(stages.STAGES, 1):
+        lines.append(f"  {number} {stage.__name__:<16} {stage.__doc__.splitlines()[0]}")
+    try:
+        recipe, runs = config.load_recipe(), config.load_runs()
+        lines += ["", "runs (conf/<run>.yaml):"]
+        for name, run in runs.items():
+            start = f", starts from {run.options.init}" if run.options.init else ""
+            usual = " (default)" if name in recipe.default else ""
+            lines.append(f"  {name:<24} method {run.method}{start}{usual}")
+    except RecipeError as error:
+        lines += ["", f"runs: {error}"]
+    return "\n".join(lines)
+
+
+def _chosen(method: str | None, recipe: config.Recipe, runs: dict[str, config.Run]) -> list[str]:
+    names = recipe.default if method is None else [*filter(None, method.split(","))]
+    if names == ["all"]:
+        names = recipe.methods
+    named = [recipe.oracle] if recipe.oracle != config.Recipe.oracle else []
+    for name in [*names, *recipe.methods, recipe.baseline, *named]:
+        if name not in runs:
+            where = "--method" if name in names and method not in (None, "all") else "recipe.yaml"
+            raise RecipeError(f"{where}: {config.did_you_mean(name, runs)}")
+    if not names:
+        raise RecipeError("--method: no run given")
+    return list(dict.fromkeys(names))
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        raise RecipeError(f"--seed {text}: expected numbers separated by commas") from None
+
+
+def _numbers(args: argparse.Namespace) -> list[int]:
+    first, last = _number("--stage", args.stage), _number("--stop_stage", args.stop_stage)
+    skip = {_number("--skip_stages", word) for word in args.skip_stages.replace(",", " ").split()}
+    if first > last:
+        raise RecipeError(f"--stage {args.stage} is after --stop_stage {args.stop_stage}")
+    return [number for number in range(first, last + 1) if number not in skip]
+
+
+def _number(flag: str, word: str) -> int:
+    if word in NAMES:
+        return NAMES.index(word) + 1
+    if word.isdigit():
+        number = int(word)
+        if flag == "--stop_stage":  # ESPnet users write 10000 for "to the end"
+            number = min(number, len(NAMES))
+        if 1 <= number <= len(NAMES):
+            return number
+    raise RecipeError(f"{flag}: {config.did_you_mean(word, [*NUMBERS, *NAMES])}")
+
+
+def _yes(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError("expected true or false")
+    return word.lower() == "true"

@@ -1,0 +1,227 @@
+"""What a recipe says: ``recipe.yaml`` (the corpus) and ``conf/<run>.yaml`` (one run each).
+
+A mistake in either is reported before any work, with the nearest name that would be right.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from espnet_pl import __version__
+from espnet_pl.recipe import check, markers
+
+ASR = Path("conf/asr.yaml")  # the model and optimiser every run starts from
+
+
+class RecipeError(Exception):
+    """The recipe or the command line is wrong; the message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The fields of ``recipe.yaml``: what differs between corpora, nothing else.
+
+    Sets are directories under ``data/``; runs are files ``conf/<run>.yaml``.
+
+    Args:
+        labelled: the transcribed training set.
+        unlabelled: the training set without transcripts; may be absent.
+        valid: chooses the epoch of every run.
+        test: recognised and scored.
+        report_together: test sets that are also reported as one.
+        token_type: ``word``, ``char`` or ``bpe``.
+        nbpe: number of BPE tokens.
+        tokens_from: sets whose text makes the token list (default: ``labelled``).
+        rate: samples per second.
+        methods: the runs of ``--method all``, in order.
+        default: the runs without ``--method``.
+        baseline: the run differences and recovery rates refer to.
+        oracle: the run with the truth of the unlabelled set; recovery 100 %.
+        seeds: the seeds without ``--seed``.
+        truth: a set whose text holds the unlabelled set's truth; for diagnostics only.
+    """
+
+    labelled: str = "train_labelled"
+    unlabelled: str | None = "train_unlabelled"
+    valid: str = "dev"
+    test: list[str] = dataclasses.field(default_factory=lambda: ["test"])
+    report_together: list[str] = dataclasses.field(default_factory=list)
+    token_type: str = "char"
+    nbpe: int = 500
+    tokens_from: list[str] = dataclasses.field(default_factory=list)
+    rate: int = 16000
+    methods: list[str] = dataclasses.field(default_factory=lambda: ["supervised"])
+    default: list[str] = dataclasses.field(default_factory=lambda: ["supervised"])
+    baseline: str = "supervised"
+    oracle: str = "oracle"
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [1])
+    truth: str | None = None
+
+    def __post_init__(self):
+        kinds = ("word", "char", "bpe")
+        if self.token_type not in kinds:
+            raise RecipeError(f"token_type: {did_you_mean(self.token_type, kinds)}")
+        for name in self.report_together:
+            if name not in self.test:
+                raise RecipeError(f"report_together: {did_you_mean(name, self.test)}")
+        if not self.tokens_from:
+            object.__setattr__(self, "tokens_from", [self.labelled])
+
+    @property
+    def tokens(self) -> Path:
+        """The folder of the token list."""
+        size = self.nbpe if self.token_type == "bpe" else ""
+        return Path(f"data/token_list/{self.token_type}{size}")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The ``recipe:`` mapping of ``conf/<run>.yaml``, read by the driver only.
+
+    Args:
+        init: the run whose exported model this one starts from.
+        labelled: another labelled set than the recipe's.
+        unlabelled: another unlabelled set than the recipe's.
+        export: which network users get, ``student`` or ``teacher`` (default: the method's choice).
+    """
+
+    init: str | None = None
+    labelled: str | None = None
+    unlabelled: str | None = None
+    export: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained system: ``conf/<name>.yaml`` over ``conf/asr.yaml``."""
+
+    name: str
+    method: str
+    options: RunOptions
+    normalize: str | None  # of the merged configuration: decides whether statistics are needed
+
+    @property
+    def conf(self) -> Path:
+        """The file with this run's differences."""
+        return Path(f"conf/{self.name}.yaml")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``'tset' is not known; did you mean 'test'? known: dev, test``."""
+    known = [str(name) for name in known]
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{str(word)!r} is not known{guess} Known: {', '.join(known) or 'none'}"
+
+
+def load_recipe(path: Path = Path("recipe.yaml")) -> Recipe:
+    """Reads and checks ``recipe.yaml``."""
+    if not path.exists():
+        raise RecipeError(f"no {path} here: run this from a recipe such as egs/<corpus>/pl1")
+    return _typed(Recipe, _mapping(path), str(path))
+
+
+def load_runs() -> dict[str, Run]:
+    """Every ``conf/*.yaml`` with a ``method:``."""
+    runs, normalize = {}, _mapping(ASR).get("normalize") if ASR.exists() else None
+    for path in sorted(Path("conf").glob("*.yaml")):
+        conf = _mapping(path)
+        if "method" in conf:
+            options = _typed(RunOptions, conf.get("recipe") or {}, f"{path}, recipe:")
+            runs[path.stem] = Run(
+                path.stem, str(conf["method"]), options, conf.get("normalize", normalize)
+            )
+    for run in runs.values():
+        if run.options.init is not None and run.options.init not in runs:
+            raise RecipeError(f"{run.conf}, recipe: init: {did_you_mean(run.options.init, runs)}")
+        if run.options.export not in (None, "student", "teacher"):
+            raise RecipeError(f"{run.conf}, recipe: export: must be student or teacher")
+    return runs
+
+
+def with_inits(names: Iterable[str], runs: Mapping[str, Run]) -> list[str]:
+    """The runs and all runs they start from, each after the one it starts from."""
+    ordered: list[str] = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            raise RecipeError(f"runs that start from each other: {' <- '.join((*path, name))}")
+        if name not in ordered:
+            if runs[name].options.init:
+                visit(runs[name].options.init, (*path, name))
+            ordered.append(name)
+
+    for name in names:
+        visit(name, ())
+    return ordered
+
+
+def run_dir(run: str, seed: int, expdir: Path) -> Path:
+    """The folder of one run: ``<expdir>/<run>``, other seeds in ``<expdir>/seed<N>/<run>``."""
+    return expdir / run if seed == 1 else expdir / f"seed{seed}" / run
+
+
+def check_runs(
+    names: Iterable[str], others: Iterable[str], expdir: Path, write: bool = True
+) -> dict[str, bool]:
+    """Lets the bridge check the runs' configurations; tells which of them need unlabelled speech.
+
+    Importing ESPnet takes seconds, so verdicts are kept beside the experiments until a file
+    changes.  ``others`` are runs this call is not about: a mistake in one only leaves it out.
+    """
+    memory = expdir / "checked.json"
+    known = markers.read(memory) or {}
+    keys = {}
+    for name in [*names, *others]:
+        content = [markers.content(path) for path in (ASR, Path(f"conf/{name}.yaml"))]
+        keys[name] = hashlib.sha256(json.dumps([content, __version__]).encode()).hexdigest()
+    new = [name for name, key in keys.items() if not isinstance(known.get(key), bool)]
+    if new:
+        try:
+            verdicts = check.ask([[str(ASR), f"conf/{name}.yaml"] for name in new])
+        except RuntimeError as error:
+            raise RecipeError(f"the configurations cannot be checked:\n{error}") from error
+        for name, verdict in zip(new, verdicts, strict=True):
+            if isinstance(verdict, str) and name in names:
+                raise RecipeError(verdict)
+            known[keys[name]] = verdict
+        if write:
+            markers.write(memory, {key: v for key, v in known.items() if isinstance(v, bool)})
+    return {name: known[key] for name, key in keys.items() if isinstance(known[key], bool)}
+
+
+def _mapping(path: Path) -> dict:
+    try:
+        content = markers.load_yaml(path)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected 'name: value' lines")
+    return content or {}
+
+
+def _typed(cls, content: Mapping, where: str):
+    """Builds the dataclass; unknown keys and wrong types are refused by name."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            raise RecipeError(f"{where}: {did_you_mean(key, fields)}")
+        kind = fields[key].type
+        many, number = getattr(kind, "__origin__", None) is list, "int" in str(kind)
+        items = value if isinstance(value, list) and many else [value]
+        optional = value is None and "None" in str(kind)
+        wanted = int if number else str
+        if not optional and not all(type(item) is wanted for item in items):
+            raise RecipeError(f"{where}: {key}: expected {wanted.__name__}, got {value!r}")
+        values[key] = items if many else value
+    try:
+        return cls(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error

@@ -1,0 +1,148 @@
+"""RESULTS.md: the numbers of `measure` as tables, with what it takes to make them again."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+from espnet_pl.recipe import config, markers
+from espnet_pl.recipe.progress import duration
+
+DETAILS = "Details"  # the heading where what is printed ends
+NINE = ("dataset", "Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
+
+
+def markdown(result: Mapping, inits: Mapping[str, str | None], recipe: config.Recipe) -> str:
+    """The whole file; only the section on commands and machines depends on time and place."""
+    body = ["# Results", *_rates(result), *_against(result, recipe), *_costs(result, inits)]
+    body += [
+        f"\n## {DETAILS}",
+        *_details(result, "word", "WER"),
+        *_details(result, "character", "CER"),
+    ]
+    return "\n".join([*body, *_origin(result)]) + "\n"
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes the file; it appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _rates(result: Mapping) -> list[str]:
+    seeds = sorted({seed for costs in result["runs"].values() for seed in costs})
+    rows, notes = [], []
+    for name, entry in result["sets"].items():
+        for run, scores in entry["runs"].items():
+            word = {seed: figures["err"] for seed, figures in scores["word"].items()}
+            each = [_number(word.get(seed)) for seed in seeds] if len(seeds) > 1 else []
+            character = mean(figures["err"] for figures in scores["character"].values())
+            rows.append([name, run, f"**{mean(word.values()):.2f}**", *each, _number(character)])
+            for seed, count in scores["missing"].items():
+                if count:
+                    notes.append(
+                        f"{run} seed {seed}, {name}: {count} utterances have no hypothesis "
+                        "(counted as deletions)."
+                    )
+    names = [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else []
+    head = ["set", "run", f"WER % {'mean' if names else f'(seed {seeds[0]})'}", *names, "CER %"]
+    return ["\n## Word error rate\n", *_table(head, rows), *(f"\n{note}" for note in notes)]
+
+
+def _against(result: Mapping, recipe: config.Recipe) -> list[str]:
+    lines = []
+    for base in {base: None for entry in result["sets"].values() for base in entry["against"]}:
+        rows = []
+        for name, entry in result["sets"].items():
+            for run, found in entry["against"].get(base, {}).items():
+                low, high = found["interval"]
+                rows.append([
+                    name, run, f"{found['difference']:+.2f}", f"[{low:+.2f}, {high:+.2f}]",
+                    _number(found["relative"], 1), _number(found["recovery"], 1),
+                    len(found["seeds"]), found["verdict"],
+                ])  # fmt: skip
+        head = ["set", "run", "WER points", "95 % interval", "relative reduction %",
+                "recovered %", "seeds", "verdict"]  # fmt: skip
+        if rows:
+            lines += [f"\n## Against {base}\n", *_table(head, rows)]
+    if lines:
+        drawn = {name: entry["drawn"] for name, entry in result["sets"].items()}
+        kinds = "; ".join(f"{name}: {kind}" for name, kind in drawn.items())
+        lines.append(
+            f"\nIntervals: paired bootstrap over seeds and over ({kinds}). *inconclusive*: the "
+            "interval contains 0, or fewer than three seeds. Recovered: share of the gain of "
+            f"`{recipe.oracle}` (– where that gain is not certain)."
+        )
+    return lines
+
+
+def _costs(result: Mapping, inits: Mapping[str, str | None]) -> list[str]:
+    rows = []
+    for run, costs in result["runs"].items():
+        wall, cpu, updates = (_known(costs, key) for key in ("wall_s", "cpu_s", "updates"))
+        gpus = max(_known(costs, "gpus"), default=0)
+        rows.append([
+            run, inits.get(run) or "random", ", ".join(map(str, costs)),
+            f"{mean(updates):.0f}" if updates else "?",
+            duration(mean(wall)) if wall else "?", duration(mean(cpu)) if cpu else "?", gpus,
+        ])  # fmt: skip
+    head = ["run", "starts from", "seeds", "updates", "wall time", "CPU time", "GPUs"]
+    note = "\nOne training, mean over seeds, without the run it starts from."
+    return ["\n## Training\n", *_table(head, rows), note]
+
+
+def _details(result: Mapping, unit: str, title: str) -> Iterable[str]:
+    rows = []
+    for name, entry in result["sets"].items():
+        for run, scores in entry["runs"].items():
+            seeds = list(scores[unit].values())
+            figures = {key: mean(one[key] for one in seeds) for key in seeds[0]}
+            shares = [f"{figures[key]:.1f}" for key in figures if key not in ("snt", "wrd")]
+            rows.append([f"{run}/{name}", seeds[0]["snt"], seeds[0]["wrd"], *shares])
+    yield f"\n### {title}, mean over seeds\n"
+    yield from _table(NINE, rows)
+    if unit == "word" and result["sclite"]["found"]:
+        differs = result["sclite"]["differs"]
+        yield "\nScored by jiwer; sclite counts the same in every row." if not differs else (
+            "\nScored by jiwer; sclite aligns with other costs and counts otherwise "
+            "(correct, substitutions, deletions, insertions): "
+            + "; ".join(f"{d['run']} seed {d['seed']} {d['set']} {d['sclite']}, jiwer {d['jiwer']}"
+                        for d in differs) + "."
+        )  # fmt: skip
+
+
+def _origin(result: Mapping) -> list[str]:
+    runs = result["runs"]
+    seeds = sorted({seed for costs in runs.values() for seed in costs})
+    listed = ",".join(map(str, seeds))
+    lines = ["\n## Commands\n", "```", f"./run.sh --method {','.join(runs)} --seed {listed}"]
+    lines[-1] += f" --expdir {result['expdir']}" if result["expdir"] != "exp" else ""
+    for run, costs in runs.items():
+        shell = next(iter(costs.values()))["shell"]
+        lines += [f"\n# {run}, training", shell] if shell else []
+    lines += ["```", "\n## Made with\n"]
+    made: dict[str, list[str]] = {}
+    for run, costs in runs.items():
+        for seed, cost in costs.items():
+            about = cost["environment"] or {"environment": "not recorded"}
+            text = "\n".join(f"- {key}: {value}" for key, value in about.items())
+            made.setdefault(text, []).append(f"{run} seed {seed}")
+    for text, names in made.items():
+        lines += [f"{', '.join(names) if len(made) > 1 else 'All runs'}:\n", text, ""]
+    lines.append(f"Measured on {time.strftime('%Y-%m-%d')} at commit {markers.commit()}.")
+    return lines
+
+
+def _known(costs: Mapping, key: str) -> list[float]:
+    return [cost[key] for cost in costs.values() if cost[key] is not None]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    return ["|" + "|".join(map(str, row)) + "|" for row in (head, ["---"] * len(head), *rows)]

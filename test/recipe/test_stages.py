@@ -1,0 +1,204 @@
+"""What the stages plan, what a call runs, and what it leaves alone."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from espnet_pl.recipe import check, stages
+from test.recipe.toy import BAD, call, plan, tree
+
+pytestmark = pytest.mark.usefixtures("recipe")
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def test_a_run_comes_after_the_one_it_starts_from():
+    names = [job.name for job in stages.train(plan(("slimipl", "continued"), (1, 2)))]
+    assert names == [
+        f"{what} {run} seed {seed}"
+        for seed in (1, 2)
+        for run in ("supervised", "slimipl", "continued")
+        for what in ("train", "export")
+    ]
+
+
+def test_every_seed_has_its_folder_and_starts_from_its_own_seed():
+    jobs = {job.name: job for job in stages.train(plan(seeds=(1, 3)))}
+    assert jobs["train slimipl seed 1"].log == Path("exp/slimipl/train.log")
+    third = jobs["train slimipl seed 3"]
+    assert third.log == Path("exp/seed3/slimipl/train.log")
+    assert "--init_param exp/seed3/supervised/model/model.pth" in third.shell()
+    assert Path("exp/seed3/supervised/model/model.pth") in third.inputs
+    assert "--seed 3" in third.shell()
+
+
+def test_unlabelled_speech_goes_to_methods_that_need_it():
+    jobs = {job.name: job.shell() for job in stages.train(plan())}
+    assert "unlabelled" not in jobs["train supervised seed 1"]
+    assert (
+        "--unlabelled_shape_file data/train_unlabelled/speech_shape" in jobs["train slimipl seed 1"]
+    )
+    assert "--truth data/train_oracle/text" in jobs["train slimipl seed 1"]
+    assert "--truth" not in jobs["train supervised seed 1"]
+
+
+def test_the_recipe_mapping_of_a_run():
+    train, export = stages.train(plan(("oracle",)))
+    assert "data/train_oracle/wav.scp,speech,sound" in train.argv
+    assert export.argv[-2:] == ("--source", "student")
+    assert Path("data/train_oracle/speech_shape") in train.inputs
+
+
+def test_statistics_are_collected_where_they_are_needed():
+    assert list(stages.collect_stats(plan())) == []
+    Path("conf/asr.yaml").write_text("normalize: global_mvn\n")
+    Path("conf/oracle.yaml").write_text("method: supervised\nnormalize: utterance_mvn\n")
+    (job,) = stages.collect_stats(plan())
+    assert "--collect_stats true --normalize none" in job.shell()
+    jobs = {job.name: job.shell() for job in stages.train(plan(("slimipl", "oracle")))}
+    stats = "--normalize_conf stats_file=exp/stats/train/feats_stats.npz"
+    assert stats in jobs["train slimipl seed 1"] and stats not in jobs["train oracle seed 1"]
+    packed = {job.name: job.shell() for job in stages.pack_model(plan(("slimipl", "oracle")))}
+    assert "--option exp/slimipl/model/feats_stats.npz" in packed["pack slimipl seed 1"]
+    assert "--option" not in packed["pack oracle seed 1"]
+
+
+def test_pieces_of_words():
+    Path("recipe.yaml").write_text("token_type: bpe\nnbpe: 30\n")
+    (job,) = stages.train_tokenizer(plan())
+    assert job.outputs == (
+        Path("data/token_list/bpe30/tokens.txt"),
+        Path("data/token_list/bpe30/bpe.model"),
+    )
+    assert "--bpemodel data/token_list/bpe30/bpe.model" in next(stages.train(plan())).shell()
+    assert "--option exp/slimipl/model/bpe.model" in next(stages.pack_model(plan())).shell()
+
+
+# --- whole calls ---------------------------------------------------------------------------------
+
+
+def test_everything_once_and_then_nothing(capsys):
+    code, started = call("--method", "all")
+    assert code == 0 and started[:4] == [
+        "create_dataset",
+        "validate",
+        "train_tokenizer",
+        "train supervised seed 1",
+    ]
+    assert Path("exp/slimipl/toy_slimipl.zip").exists() and Path("RESULTS.md").exists()
+    assert "Against continued" in capsys.readouterr().out
+    began = time.monotonic()
+    assert call("--method", "all") == (0, [])
+    assert time.monotonic() - began < 5
+    out = capsys.readouterr().out
+    assert "up to date: create_dataset, validate" in out
+    assert out.startswith("# ") and "./run.sh --nj 1 --method all" in out.splitlines()[0]
+
+
+def test_only_what_depends_on_a_change_runs_again():
+    call()
+    Path("conf/decode.yaml").write_text("beam_size: 2\n")
+    _, started = call()
+    assert {name.split()[0] for name in started} == {"infer"}  # the text came out the same
+    Path("conf/decode.yaml").write_text("# a comment\nbeam_size: 2\n")
+    assert call() == (0, [])
+    Path("local/data.sh").write_text("true # changed\n")
+    assert call() == (0, ["create_dataset"])  # and it wrote what was there
+
+
+def test_a_changed_training_is_refused_and_force_moves_it_aside(capsys):
+    call()
+    Path("conf/slimipl.yaml").write_text(
+        "method: slimipl\nrecipe: {init: supervised}\nmax_epoch: 9\n"
+    )
+    before = tree()
+    assert call("--stage", "train") == (1, [])
+    error = capsys.readouterr().err
+    assert "conf/slimipl.yaml: max_epoch: absent -> 9" in error and "--force" in error
+    assert tree().keys() == before.keys()
+    code, started = call("--method", "slimipl", "--stage", "train", "--force")
+    assert code == 0 and "train slimipl seed 1" in started
+    assert "train supervised seed 1" not in started  # it was not named
+    assert len([*Path("exp").glob("slimipl.old-*")]) == 1
+
+
+def test_results_older_than_their_settings_are_left_out(capsys):
+    call("--method", "all")
+    Path("conf/oracle.yaml").write_text("method: supervised\nmax_epoch: 9\n")
+    assert call("--method", "slimipl", "--stage", "measure")[0] == 0
+    assert "left out of the table: oracle seed 1" in capsys.readouterr().out
+    text = Path("RESULTS.md").read_text()
+    assert "oracle/test" not in text and "continued/test" in text
+
+
+def test_another_seed_joins_the_table():
+    call()
+    assert call("--seed", "2", "--method", "slimipl")[0] == 0
+    found = json.loads(Path("exp/results.json").read_text())["runs"]
+    assert [*found["slimipl"]] == ["1", "2"] and [*found["supervised"]] == ["1"]
+
+
+def test_a_trial_leaves_the_table_alone():
+    assert call("--expdir", "trial")[0] == 0
+    assert Path("trial/RESULTS.md").exists() and not Path("RESULTS.md").exists()
+    assert "--expdir trial" in Path("trial/RESULTS.md").read_text()
+
+
+def test_a_failure_is_told_and_mended(capsys):
+    BAD.add("train slimipl seed 1")
+    try:
+        assert call()[0] == 1
+    finally:
+        BAD.clear()
+    error = capsys.readouterr().err
+    assert (
+        "it broke" in error
+        and "exp/slimipl/train.log" in error
+        and "--config conf/slimipl.yaml" in error
+    )
+    code, started = call()
+    assert code == 0 and started[0] == "train slimipl seed 1"
+
+
+def test_large_sets_are_recognised_in_parts(monkeypatch):
+    monkeypatch.setattr(stages, "PART", 2)
+    code, started = call("--method", "supervised")
+    assert code == 0 and "infer supervised far seed 1 part 2 of 2" in started
+    assert Path("data/test/split2/keys.2").read_text() == "s1-b two\ns2-c three\n"
+    expected = "s1-a one\ns1-b one\ns2-c one\n"
+    assert Path("exp/supervised/infer/test/text").read_text() == expected
+    assert call("--method", "supervised", "--nj", "3") == (0, [])
+
+
+def test_dry_run_touches_nothing(capsys):
+    before = tree()
+    assert call("--method", "all", "--dry_run", "--seed", "1,2") == (0, [])
+    assert tree() == before
+    out = capsys.readouterr().out
+    modules = "data.sh validate tokens bridge.train bridge.export asr_inference measure pack"
+    assert all(module in out for module in modules.split())
+    assert str(Path.cwd()) not in out and sys.executable not in out
+
+
+def test_a_wrong_configuration_is_refused_before_any_work(monkeypatch, capsys):
+    asked = []
+
+    def ask(files):
+        asked.extend(files)
+        return ["conf/slimipl.yaml: 'max_epohc' is not known"] * len(files)
+
+    monkeypatch.setattr(check, "ask", ask)
+    before = tree()
+    assert call() == (2, []) and tree() == before
+    assert "max_epohc" in capsys.readouterr().err
+    assert ["conf/asr.yaml", "conf/slimipl.yaml"] in asked
+
+
+def test_configurations_are_checked_once(monkeypatch):
+    call("--stop_stage", "train")
+    monkeypatch.setattr(check, "ask", lambda files: pytest.fail("asked again"))
+    assert call("--stop_stage", "train")[0] == 0
