@@ -87,14 +87,13 @@ def _plan(pairing, n_labelled, n_unlabelled, seed):
         yield Step(labelled=next(labelled))
 
     unlabelled = _unlabelled(pairing, n_unlabelled, seed)
+    if pairing.together:
+        for used, fresh in unlabelled:
+            yield Step(next(labelled), used, fresh)
     order = Random(f"order {seed}")
     block = [True] * pairing.labelled + [False] * pairing.unlabelled
     fresh = ()
     while True:
-        if pairing.together:
-            used, fresh = next(unlabelled)
-            yield Step(next(labelled), used, fresh)
-            continue
         order.shuffle(block)
         for is_labelled in block:
             if is_labelled:
@@ -102,12 +101,9 @@ def _plan(pairing, n_labelled, n_unlabelled, seed):
                 fresh = ()
                 continue
             used, new = next(unlabelled)
-            if used is None and pairing.labelled:
-                fresh += new  # the cache is being filled: no update of its own
-            elif used is None:
-                yield Step(fresh=new)
-            else:
-                yield Step(unlabelled=used, fresh=fresh + new)
+            fresh += new
+            if used is not None:  # else the cache is being filled: no update of its own
+                yield Step(unlabelled=used, fresh=fresh)
                 fresh = ()
 
 

@@ -47,12 +47,12 @@ def test_the_same_seed_gives_the_same_plan_and_another_another():
     assert steps(pairing, 100) != steps(pairing, 100, seed=1)
 
 
-def unlabelled_turns(pairing, n, n_unlabelled):
-    """Used batch and labelled batches of each unlabelled update, without labelled ones between."""
-    return [
-        (s.unlabelled, s.fresh)
-        for s in steps(pairing, n, n_unlabelled=n_unlabelled)
-    ]
+def unlabelled_turns(capacity, replace, n, n_unlabelled):
+    """What fills the cache; then used batch and newly labelled ones of n updates."""
+    pairing = Pairing(labelled=0, unlabelled=1, capacity=capacity, replace=replace)
+    found = [(s.unlabelled, s.fresh) for s in steps(pairing, n, n_unlabelled=n_unlabelled)]
+    used, fresh = found[0]
+    return fresh[:capacity], [(used, fresh[capacity:]), *found[1:]]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -79,17 +79,16 @@ def test_filling_takes_no_update_where_labelled_ones_exist():
 
 def test_a_sweep_uses_every_entry_once():
     """Between sweeps nothing is lost: with p = 0 the cache is passed over and over."""
-    turns = unlabelled_turns(Pairing(labelled=0, unlabelled=1, capacity=5, replace=0.0), 25, 50)
-    filled = [fresh[0] for used, fresh in turns[:5]]
-    assert all(used is None for used, _ in turns[:5])
-    for sweep in (turns[5:10], turns[10:15], turns[15:20]):
+    filled, turns = unlabelled_turns(capacity=5, replace=0.0, n=20, n_unlabelled=50)
+    for sweep in (turns[0:5], turns[5:10], turns[10:15]):
         assert sorted(used for used, _ in sweep) == sorted(filled)
         assert all(fresh == () for _, fresh in sweep)
+    assert turns[:5] != turns[5:10]
 
 
 def test_a_new_entry_waits_for_the_next_sweep():
-    turns = unlabelled_turns(Pairing(labelled=0, unlabelled=1, capacity=5, replace=1.0), 40, 100)
-    for begin in range(5, 30, 5):
+    _, turns = unlabelled_turns(capacity=5, replace=1.0, n=40, n_unlabelled=100)
+    for begin in range(0, 30, 5):
         entered = sorted(fresh[0] for _, fresh in turns[begin : begin + 5])
         used_next = sorted(used for used, _ in turns[begin + 5 : begin + 10])
         assert used_next == entered
@@ -97,11 +96,9 @@ def test_a_new_entry_waits_for_the_next_sweep():
 
 def test_an_entry_is_used_one_over_p_times_in_the_mean():
     p = 0.25
-    turns = unlabelled_turns(
-        Pairing(labelled=0, unlabelled=1, capacity=20, replace=p), 40_020, 10**6
-    )
-    uses = Counter(used for used, _ in turns if used is not None)
-    replaced = sum(len(fresh) for used, fresh in turns if used is not None)
+    _, turns = unlabelled_turns(capacity=20, replace=p, n=40_000, n_unlabelled=10**6)
+    uses = Counter(used for used, _ in turns)
+    replaced = sum(len(fresh) for _, fresh in turns)
     assert replaced / 40_000 == pytest.approx(p, rel=0.05)
     assert sum(uses.values()) / len(uses) == pytest.approx(1 / p, rel=0.05)
 
