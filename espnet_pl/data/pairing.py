@@ -62,9 +62,7 @@ class Step:
     fresh: tuple[int, ...] = ()  # unlabelled batches to be labelled before the update
 
 
-def plan(
-    pairing: Pairing, n_labelled: int, n_unlabelled: int, seed: int = 0
-) -> Iterator[Step]:
+def plan(pairing: Pairing, n_labelled: int, n_unlabelled: int, seed: int = 0) -> Iterator[Step]:
     """The steps of a run from its first update on, without end.
 
     Args:
@@ -116,7 +114,9 @@ def _passes(n: int, seed: str) -> Iterator[int]:
         yield from order
 
 
-def _unlabelled(pairing: Pairing, n: int, seed: int) -> Iterator[tuple[int | None, tuple[int, ...]]]:
+def _unlabelled(
+    pairing: Pairing, n: int, seed: int
+) -> Iterator[tuple[int | None, tuple[int, ...]]]:
     """For each unlabelled turn: the batch to train on, and the batches to label."""
     batches = _passes(n, f"unlabelled {seed}")
     if pairing.capacity == 0:

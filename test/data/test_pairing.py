@@ -109,8 +109,9 @@ def test_without_a_cache_nothing_is_announced():
 
 
 def test_labelled_only():
-    assert steps(Pairing(), 3, n_unlabelled=0) == [Step(labelled=i) for i in
-                                                  [s.labelled for s in steps(Pairing(), 3)]]
+    assert steps(Pairing(), 3, n_unlabelled=0) == [
+        Step(labelled=i) for i in [s.labelled for s in steps(Pairing(), 3)]
+    ]
 
 
 @pytest.mark.parametrize(

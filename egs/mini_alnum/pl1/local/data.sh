@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Makes data/<set>/{wav.scp,text,utt2spk,spk2utt} for every set; run from the recipe directory.
+# Options are those of the script below, here or in ${local_data_opts}: --shift 0.8 --seed 1
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "${here}/../../../.." && pwd)
+if [ -d "${root}/espnet_pl" ]; then # a checkout need not be installed
+    export PYTHONPATH="${root}${PYTHONPATH:+:${PYTHONPATH}}"
+fi
+# shellcheck disable=SC2086 # several options in one variable
+exec python3 "${here}/generate_corpus.py" ${local_data_opts:-} "$@"

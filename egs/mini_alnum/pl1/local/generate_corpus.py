@@ -1,0 +1,144 @@
+"""Generates mini_alnum: little labelled speech of one domain, much unlabelled speech of another.
+
+Domain A (labelled): North American accents, one half of the voice variants, nearly clean.
+Domain B (unlabelled, dev, test): other accents, the other half of the variants, other pitch and
+formants, reverberation and noise.  ``--shift`` scales what is measurable of the difference: 0 is
+other voices in A's room, 1 is 5-20 dB of noise, T60 0.15-0.5 s and formants 4-12 % away.
+"""
+
+import argparse
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from espnet_pl.data import kaldi, synthesis
+from espnet_pl.data.kaldi import Utterance
+from espnet_pl.data.synthesis import Room, Voice
+
+
+@dataclass(frozen=True)
+class Set:
+    name: str
+    domain: str
+    minutes: float
+    speakers: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--labelled_minutes", type=float, default=25)
+    parser.add_argument("--unlabelled_minutes", type=float, default=45)
+    parser.add_argument("--dev_minutes", type=float, default=4)
+    parser.add_argument("--test_minutes", type=float, default=13)
+    parser.add_argument("--shift", type=float, default=1.0, help="from domain A to B, 0 to 2")
+    parser.add_argument("--rate", type=int, default=8000, help="samples per second")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    # Held-out sets come first: the training sets then avoid their texts.
+    sets = [
+        Set("test", "B", args.test_minutes, 30),
+        Set("dev", "B", args.dev_minutes, 16),
+        Set("test_labelled_domain", "A", args.dev_minutes, 14),
+        Set("train_labelled", "A", args.labelled_minutes, 44),
+        Set("train_unlabelled", "B", args.unlabelled_minutes, 90),
+    ]
+    if not 0 <= args.shift <= 2 or min(s.minutes for s in sets) <= 0 or args.rate < 4000:
+        parser.error("need 0 <= shift <= 2, more than 0 minutes of each set, rate >= 4000")
+
+    audio = Path(os.environ.get("dumpdir") or "dump") / "audio"
+    data = Path("data")
+    parameters = {**vars(args), "audio": str(audio)}
+    sources = [__file__, kaldi.__file__, synthesis.__file__]
+    stamp = kaldi.Stamp(data / ".mini_alnum.stamp", parameters, sources)
+    names = [s.name for s in sets] + ["train_oracle"]
+    if stamp.is_current(data / name for name in names):
+        print("mini_alnum: data/ is up to date")
+        return
+    stamp.clear()
+
+    speakers = _cast(sets, np.random.default_rng(args.seed))
+    seen: set[str] = set()
+    made = {}
+    for index, what in enumerate(sets):
+        made[what.name] = _generate(what, index, speakers[what.name], args, audio, seen)
+        print(kaldi.summary(what.name, made[what.name]), flush=True)
+    for name, utterances in made.items():
+        hidden = name == "train_unlabelled"
+        kaldi.write_dir(data / name, [u._replace(text=None) if hidden else u for u in utterances])
+    oracle = made["train_labelled"] + made["train_unlabelled"]
+    kaldi.write_dir(data / "train_oracle", oracle)
+    print(kaldi.summary("train_oracle", oracle))
+    stamp.write()
+
+
+def _cast(sets, rng):
+    """(accent, variant) of each set's speakers; none in two sets, no variant in two domains."""
+    variants = rng.permutation(synthesis.VARIANTS).tolist()
+    north_american, half = synthesis.ACCENTS[:2], len(variants) // 2
+    pools = {
+        "A": [(accent, v) for accent in north_american for v in variants[:half]],
+        "B": [(accent, v) for accent in synthesis.ACCENTS[2:] for v in variants[half:]],
+    }
+    for pool in pools.values():
+        rng.shuffle(pool)
+    return {s.name: [pools[s.domain].pop() for _ in range(s.speakers)] for s in sets}
+
+
+def _speaker(accent, variant, domain, shift, rng):
+    """A voice and, for its owner always speaks in the same room, a room without noise."""
+    if domain == "A":
+        speed, warp = rng.uniform(135, 165), rng.uniform(0.98, 1.02)
+        return Voice(accent, variant, int(rng.integers(40, 61)), speed, 0.08, warp), Room()
+    voice = Voice(
+        accent,
+        variant,
+        pitch=int(50 + rng.choice([-1, 1]) * rng.integers(10, 35)),
+        speed=rng.uniform(120, 175),
+        pause=rng.uniform(0.05, 0.15),
+        warp=(1 + shift * rng.uniform(0.04, 0.12)) ** rng.choice([-1, 1]),
+    )
+    room = Room(
+        t60=shift * rng.uniform(0.15, 0.5),
+        distance=rng.uniform(-10, -3),
+        noise_slope=rng.uniform(-6, 0),
+        tilt=shift * rng.uniform(-2, 2),
+    )
+    return voice, room
+
+
+def _generate(what, index, cast, args, audio, seen):
+    """The utterances of one set, speakers in turn until it is long enough; writes the audio."""
+    shutil.rmtree(audio / what.name, ignore_errors=True)
+    rng = np.random.default_rng([args.seed, index])
+    people = [_speaker(*pair, what.domain, args.shift, rng) for pair in cast]
+    held_out = not what.name.startswith("train")
+    shift = args.shift if what.domain == "B" else 0.0
+    utterances, samples = [], 0
+    while samples < what.minutes * 60 * args.rate:
+        number = len(utterances)
+        (accent, variant), (voice, room) = cast[number % len(cast)], people[number % len(cast)]
+        words = synthesis.random_sentence(rng)
+        # A lone control word cannot be kept out of training: there are seven.
+        while not held_out and len(words) > 1 and " ".join(words) in seen:
+            words = synthesis.random_sentence(rng)
+        snr = rng.uniform(35 - 30 * shift, 45 - 25 * shift)
+        room = Room(**{**vars(room), "snr": snr, "level": rng.uniform(-30, -22)})
+        speech = synthesis.speak(words, voice, args.rate, rng)
+        speech = synthesis.record(speech, room, args.rate, rng)
+        samples += len(speech)
+
+        text, speaker = " ".join(words), f"{accent}_{variant}"
+        if held_out:
+            seen.add(text)
+        key = f"{speaker}-{what.domain}{number:05d}"
+        path = audio / what.name / f"{key}.flac"
+        kaldi.write_audio(path, speech, args.rate)
+        utterances.append(Utterance(key, speaker, str(path), text))
+    return utterances
+
+
+if __name__ == "__main__":
+    main()
