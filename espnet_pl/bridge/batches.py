@@ -64,15 +64,13 @@ class PairedIterFactory(AbsIterFactory):
         self._steps, self._next_epoch = None, None
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
-        """The updates of an epoch, counted from 1; ``shuffle`` is ESPnet's and has no meaning here."""
+        """The updates of an epoch, counted from 1; ESPnet's ``shuffle`` means nothing here."""
         steps = self._steps_of(epoch)
         loader = self.streams["labelled"] or self.streams["unlabelled"]
         return DataLoader(
             dataset=_Both({k: s.dataset for k, s in self.streams.items() if s}),
             batch_sampler=[list(self._keys(step)) for step in steps],
-            collate_fn=partial(
-                _collate, {k: s.collate_fn for k, s in self.streams.items() if s}
-            ),
+            collate_fn=partial(_collate, {k: s.collate_fn for k, s in self.streams.items() if s}),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             worker_init_fn=partial(worker_init_fn, base_seed=epoch + self.seed),
@@ -90,7 +88,10 @@ class PairedIterFactory(AbsIterFactory):
     def _steps_of(self, epoch: int) -> list[Step]:
         if epoch != self._next_epoch:  # the first epoch of a process: replay what went before
             self._steps = plan(
-                self.pairing, len(self.batches["labelled"]), len(self.batches["unlabelled"]), self.seed
+                self.pairing,
+                len(self.batches["labelled"]),
+                len(self.batches["unlabelled"]),
+                self.seed,
             )
             for _ in range((epoch - 1) * self.steps_per_epoch):
                 next(self._steps)

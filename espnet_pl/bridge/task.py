@@ -66,7 +66,9 @@ class PLTask(ASRTask):
         net = super().build_model(args)
         # ESPnet looks for these names after building, where they have our prefix.
         for prefix in args.freeze_param:
-            mine = [p for n, p in net.named_parameters() if n == prefix or n.startswith(prefix + ".")]
+            mine = [
+                p for n, p in net.named_parameters() if n == prefix or n.startswith(prefix + ".")
+            ]
             if not mine:
                 raise ConfigError(f"freeze_param: the model has no parameter {prefix!r}")
             for parameter in mine:
@@ -107,9 +109,7 @@ class PLTask(ASRTask):
             theirs.train_shape_file = args.unlabelled_shape_file
             theirs.num_iters_per_epoch = None
             unlabelled = _Unlabelled.build_iter_factory(theirs, distributed_option, mode, kwargs)
-        return PairedIterFactory(
-            pairing, factory, unlabelled, args.num_iters_per_epoch, args.seed
-        )
+        return PairedIterFactory(pairing, factory, unlabelled, args.num_iters_per_epoch, args.seed)
 
     @classmethod
     def _read_truth(cls, args: argparse.Namespace) -> dict[str, list[int]]:

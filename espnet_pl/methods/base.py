@@ -128,7 +128,9 @@ class Method(nn.Module):
 
     def unlabelled(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
         """What unlabelled speech adds."""
-        raise NotImplementedError(f"{type(self).__module__} asks for unlabelled speech, but has no use for it")
+        raise NotImplementedError(
+            f"{type(self).__module__} asks for unlabelled speech, but has no use for it"
+        )
 
     def label(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
         """Give speech that enters the cache its pseudo-labels."""
@@ -208,7 +210,9 @@ def methods() -> list[str]:
 
     import espnet_pl.methods
 
-    return sorted(m.name for m in pkgutil.iter_modules(espnet_pl.methods.__path__) if m.name != "base")
+    return sorted(
+        m.name for m in pkgutil.iter_modules(espnet_pl.methods.__path__) if m.name != "base"
+    )
 
 
 def config_of(name: str, conf: Mapping[str, Any]) -> Any:

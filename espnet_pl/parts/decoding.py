@@ -16,9 +16,7 @@ def greedy(
 ) -> list[list[int]]:
     """The label sequence of each utterance's best path; may be empty."""
     best = log_p.argmax(dim=-1)  # n t
-    return [
-        collapse(path[:length], blank) for path, length in zip(best.cpu(), frames.tolist())
-    ]
+    return [collapse(path[:length], blank) for path, length in zip(best.cpu(), frames.tolist())]
 
 
 def collapse(path: Int[Tensor, " t"], blank: int = 0) -> list[int]:

@@ -45,9 +45,7 @@ class PseudoLoss(NamedTuple):
     dropped: dict[str, float]
 
 
-def pseudo_loss(
-    student: nn.Module, x: Any, labels: list[list[int]], max_labels: int
-) -> PseudoLoss:
+def pseudo_loss(student: nn.Module, x: Any, labels: list[list[int]], max_labels: int) -> PseudoLoss:
     """The student's loss on pseudo-labels of x, in the view of its present mode.
 
     Args:

@@ -43,7 +43,10 @@ ASR = {
     "num_iters_per_epoch": 5,
     "log_interval": 1,
 }
-DECODER = {"decoder": "transformer", "decoder_conf": {"attention_heads": 2, "linear_units": 8, "num_blocks": 1}}
+DECODER = {
+    "decoder": "transformer",
+    "decoder_conf": {"attention_heads": 2, "linear_units": 8, "num_blocks": 1},
+}
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +80,9 @@ def arguments(corpus, tmp_path):
     def make(method="slimipl", out="exp", method_conf=None, **changes):
         asr, own = tmp_path / f"{out}_asr.yaml", tmp_path / f"{out}_method.yaml"
         asr.write_text(yaml.safe_dump(ASR))
-        own.write_text(yaml.safe_dump({"method": method, "method_conf": method_conf or {}, **changes}))
+        own.write_text(
+            yaml.safe_dump({"method": method, "method_conf": method_conf or {}, **changes})
+        )
         argv = ["--config", str(asr), "--config", str(own), "--output_dir", str(tmp_path / out)]
         argv += ["--token_list", str(corpus / "tokens.txt"), "--token_type", "word", "--ngpu", "0"]
         for flag, name in (("train", "labelled"), ("valid", "dev"), ("unlabelled", "unlabelled")):

@@ -18,12 +18,24 @@ def two_ranks(argv, tmp_path, extra=()):
     ranks = [
         subprocess.Popen(
             [
-                sys.executable, "-m", "espnet_pl.bridge.train", *argv, *extra,
-                "--dist_backend", "gloo", "--dist_world_size", "2", "--dist_rank", str(rank),
-                "--dist_init_method", f"file://{tmp_path}/rendezvous",
-                "--multiprocessing_distributed", "false",
+                sys.executable,
+                "-m",
+                "espnet_pl.bridge.train",
+                *argv,
+                *extra,
+                "--dist_backend",
+                "gloo",
+                "--dist_world_size",
+                "2",
+                "--dist_rank",
+                str(rank),
+                "--dist_init_method",
+                f"file://{tmp_path}/rendezvous",
+                "--multiprocessing_distributed",
+                "false",
             ],
-            stderr=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE,
+            text=True,
         )  # fmt: skip
         for rank in (0, 1)
     ]
@@ -98,7 +110,9 @@ def test_ranks_take_the_same_steps_on_different_utterances():
     for rank in (0, 1):
         mine = Stream([b[rank::2] for b in batches])
         factory = PairedIterFactory(pairing, mine, mine, steps_per_epoch=30, seed=3)
-        seen.append([{k: v for k, v in flat.items() if "utt_id" in k} for _, flat in factory.build_iter(1)])
+        seen.append(
+            [{k: v for k, v in flat.items() if "utt_id" in k} for _, flat in factory.build_iter(1)]
+        )
     for a, b in zip(*seen):
         assert a.keys() == b.keys()
         for kind in a:

@@ -1,4 +1,4 @@
-"""bridge: real ESPnet training, exact restarts, stock checkpoints, configurations that are refused."""
+"""bridge: real ESPnet training, exact restarts, stock checkpoints, refused configurations."""
 
 import re
 
@@ -95,7 +95,11 @@ def test_a_teacher_is_exported_only_where_there_is_one(arguments, tmp_path):
 def test_attention_models_train_too(method, arguments, tmp_path):
     main(
         arguments(
-            method, method_conf=conf_of(method), max_epoch=1, **DECODER, model_conf={"ctc_weight": 0.3}
+            method,
+            method_conf=conf_of(method),
+            max_epoch=1,
+            **DECODER,
+            model_conf={"ctc_weight": 0.3},
         )
     )
     names = weights(tmp_path / "exp/1epoch.pth")
@@ -107,8 +111,17 @@ def test_diagnostics_are_in_the_log(arguments, tmp_path, caplog):
     caplog.set_level("INFO")
     main(arguments(method_conf=SMALL))
     text = caplog.text
-    for name in ("pseudo", "supervised", "blank_share", "frame_entropy", "token_entropy",
-                 "labels_empty", "label_age", "label_churn", "label_error_rate"):
+    for name in (
+        "pseudo",
+        "supervised",
+        "blank_share",
+        "frame_entropy",
+        "token_entropy",
+        "labels_empty",
+        "label_age",
+        "label_churn",
+        "label_error_rate",
+    ):
         assert re.search(rf"\b{name}=", text), name
 
 
@@ -163,7 +176,10 @@ def test_a_checkpoint_of_stock_espnet_is_not_continued_silently(arguments, tmp_p
         ({"method": "slimipl", "method_conf": {"capacty": 3}}, "did you mean 'capacity'"),
         ({"encoder_conf": {"num_block": 2}}, "encoder_conf: unknown 'num_block'"),
         ({"encoder": "confomer"}, "did you mean 'conformer'"),
-        ({"best_model_criterion": [["valid", "loss", "min"], ["valid", "acc", "max"]]}, "one of each"),
+        (
+            {"best_model_criterion": [["valid", "loss", "min"], ["valid", "acc", "max"]]},
+            "one of each",
+        ),
     ],
 )
 def test_bad_configurations_are_refused_before_any_work(changes, message, arguments, tmp_path):

@@ -17,7 +17,9 @@ def collapse(path, blank):
 def brute_force(log_p, frames, labels, label_lengths, blank):
     """The equation of the docstring: every path of the vocabulary, one utterance at a time."""
     losses = []
-    for lp, t, y, u in zip(log_p.tolist(), frames.tolist(), labels.tolist(), label_lengths.tolist()):
+    for lp, t, y, u in zip(
+        log_p.tolist(), frames.tolist(), labels.tolist(), label_lengths.tolist()
+    ):
         mass = 0.0
         for path in itertools.product(range(log_p.shape[-1]), repeat=t):
             if collapse(path, blank) == y[:u]:
@@ -90,7 +92,10 @@ def test_feasible_counts_the_blank_between_repeats():
 def test_no_alignment_costs_nothing_and_gives_no_gradient():
     logits = torch.zeros(2, 2, 3, requires_grad=True)
     loss = ctc(
-        logits.log_softmax(-1), torch.tensor([2, 2]), torch.tensor([[1, 1], [1, 2]]), torch.tensor([2, 2])
+        logits.log_softmax(-1),
+        torch.tensor([2, 2]),
+        torch.tensor([[1, 1], [1, 2]]),
+        torch.tensor([2, 2]),
     )
     loss.sum().backward()
     assert loss[0] == 0 and loss[1] > 0

@@ -1,4 +1,4 @@
-"""The promises every method keeps.  A new file in ``methods/`` is tested here without a line of change."""
+"""The promises every method keeps; a new file in ``methods/`` is tested without registration."""
 
 import copy
 
@@ -25,7 +25,7 @@ def learns_from_unlabelled(method):
 
 
 def first_batch(method, **kwargs):
-    """A batch after which the method has what it needs: its unlabelled speech has entered the cache."""
+    """A batch the method can use: its unlabelled speech has entered the cache."""
     if method.pairing(method.config).capacity:
         method(speaking_student(), batch(labelled=False, unlabelled=False, fresh=True))
     return batch(unlabelled=learns_from_unlabelled(method), **kwargs)

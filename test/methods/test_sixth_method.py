@@ -79,13 +79,16 @@ def test_one_file_one_yaml_one_test(tmp_path):
         return done.stdout + done.stderr
 
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    report = run(*pytest, "test/methods/test_entropy.py", "test/methods/test_contract.py", "-k", "entropy")
+    report = run(
+        *pytest, "test/methods/test_entropy.py", "test/methods/test_contract.py", "-k", "entropy"
+    )
     assert " passed" in report and "failed" not in report and "error" not in report, report
     assert int(report.split(" passed")[0].split()[-1]) >= 12, report
 
     check = (
         "from espnet_pl.bridge.train import load_config, needs_unlabelled;"
-        "c = load_config(['egs/mini_alnum/pl1/conf/asr.yaml', 'egs/mini_alnum/pl1/conf/entropy.yaml']);"
+        "conf = 'egs/mini_alnum/pl1/conf/';"
+        "c = load_config([conf + 'asr.yaml', conf + 'entropy.yaml']);"
         "print(c['method'], needs_unlabelled(c))"
     )
     assert "entropy True" in run("-c", check)
