@@ -156,6 +156,7 @@ class Stamp:
         self.path.unlink(missing_ok=True)
 
     def write(self) -> None:
+        """Everything has been made; called last."""
         _replace(self.path, self.value)
 
 

@@ -166,6 +166,7 @@ class Voice:
 
     @property
     def name(self) -> str:
+        """The name by which eSpeak knows accent and variant."""
         return f"{self.accent}+{self.variant}"
 
 

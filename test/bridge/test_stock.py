@@ -1,0 +1,91 @@
+"""A trained model in an environment that has ESPnet and not espnet_pl: the same numbers."""
+
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from espnet2.tasks.asr import ASRTask
+
+from espnet_pl.bridge.export import export
+from espnet_pl.bridge.recogniser import Recogniser
+from espnet_pl.bridge.train import main
+from espnet_pl.methods.base import Utterances
+
+LOAD = """
+import sys, numpy as np, soundfile, torch
+from espnet2.bin.asr_inference import Speech2Text
+model = Speech2Text("exp/model/config.yaml", "exp/model/model.pth", beam_size=1, ctc_weight=1.0)
+out = {}
+for line in open(sys.argv[1]):
+    utt_id, wav = line.split()
+    speech = torch.tensor(soundfile.read(wav, dtype="float32")[0])[None]
+    with torch.no_grad():
+        encoded, _ = model.asr_model.encode(speech, torch.tensor([speech.shape[1]]))
+        out[utt_id] = model.asr_model.ctc.log_softmax(encoded).numpy()
+np.savez("log_p.npz", **out)
+"""
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """The Python of an environment with this one's packages, but for espnet_pl.
+
+    A folder named in a .pth file is searched for packages, but its own .pth files (an
+    editable espnet_pl is one) are not read.
+    """
+    folder = tmp_path_factory.mktemp("stock")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin/python"
+    site = next((folder / "lib").glob("python*")) / "site-packages"
+    (site / "espnet.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+    def run(*argv, cwd):
+        return subprocess.run(
+            [python, *argv],
+            cwd=cwd,
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    missing = run("-c", "import espnet2, espnet_pl", cwd=folder)
+    assert "No module named 'espnet_pl'" in missing.stderr, missing.stderr
+    return run
+
+
+def test_log_probabilities_are_those_of_the_training_process_and_everything_is_decoded(
+    stock, arguments, corpus, tmp_path
+):
+    main(arguments("mpl", max_epoch=2))
+    exp = tmp_path / "exp"
+    export(Path(exp), exp / "model")
+    wav_scp = corpus / "data/dev/wav.scp"
+    loaded = stock("-c", LOAD, str(wav_scp), cwd=tmp_path)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    theirs = np.load(tmp_path / "log_p.npz")
+
+    net, _ = ASRTask.build_model_from_file(exp / "config.yaml", exp / "latest.pth", "cpu")
+    net.load_state_dict(torch.load(exp / "valid.loss.ave.pth"))
+    student, dev = Recogniser(net.eval()), dict(map(str.split, wav_scp.read_text().splitlines()))
+    for utt_id, wav in dev.items():
+        speech = torch.tensor(soundfile.read(wav, dtype="float32")[0])[None]
+        x = Utterances([utt_id], speech, torch.tensor([speech.shape[1]]))
+        with torch.no_grad():
+            log_p, frames = student.frame_log_probs(x)
+        assert theirs[utt_id].shape == (1, int(frames), 6)
+        assert np.array_equal(theirs[utt_id], log_p.numpy())
+
+    decoded = stock(
+        "-m", "espnet2.bin.asr_inference", "--ngpu", "0", "--beam_size", "1", "--ctc_weight", "1.0",
+        "--asr_train_config", "exp/model/config.yaml", "--asr_model_file", "exp/model/model.pth",
+        "--data_path_and_name_and_type", f"{wav_scp},speech,sound", "--output_dir", "decoded",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert decoded.returncode == 0, decoded.stderr[-2000:]
+    lines = (tmp_path / "decoded/1best_recog/text").read_text().splitlines()
+    assert {line.split()[0] for line in lines} == set(dev)
