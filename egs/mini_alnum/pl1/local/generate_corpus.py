@@ -109,6 +109,24 @@ def _speaker(accent, variant, domain, shift, rng):
     return voice, room
 
 
+def _sentence(rng):
+    """A short string, as upper-case words: few letters, which a small model takes long to tell apart."""
+
+    def some(items, least, most):
+        return [items[i] for i in rng.integers(len(items), size=rng.integers(least, most + 1))]
+
+    command, kind = some(synthesis.BEFORE, 0, 1), rng.random()
+    if kind < 0.1:
+        return some(synthesis.ALONE, 1, 1)
+    if kind < 0.4:
+        return command + some(synthesis.DIGITS, 2, 6)
+    if kind < 0.6:
+        return some(synthesis.MONTHS, 1, 1) + some(synthesis.ORDINALS, 1, 1)
+    if kind < 0.8:
+        return command + some(synthesis.TENS, 1, 2) + some(synthesis.DIGITS, 1, 1)
+    return command + some(synthesis.LETTERS, 1, 2) + some(synthesis.DIGITS, 1, 4)
+
+
 def _generate(what, index, cast, args, audio, seen):
     """The utterances of one set, speakers in turn until it is long enough; writes the audio."""
     shutil.rmtree(audio / what.name, ignore_errors=True)
@@ -120,10 +138,10 @@ def _generate(what, index, cast, args, audio, seen):
     while samples < what.minutes * 60 * args.rate:
         number = len(utterances)
         (accent, variant), (voice, room) = cast[number % len(cast)], people[number % len(cast)]
-        words = synthesis.random_sentence(rng)
+        words = _sentence(rng)
         # A lone control word cannot be kept out of training: there are seven.
         while not held_out and len(words) > 1 and " ".join(words) in seen:
-            words = synthesis.random_sentence(rng)
+            words = _sentence(rng)
         snr = rng.uniform(35 - 30 * shift, 45 - 25 * shift)
         room = Room(**{**vars(room), "snr": snr, "level": rng.uniform(-30, -22)})
         speech = synthesis.speak(words, voice, args.rate, rng)
