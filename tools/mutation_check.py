@@ -1,0 +1,228 @@
+"""Plants one fault after the other in a copy of the project and asks the tests to find it.
+
+    python3 tools/mutation_check.py [NAME...]
+
+A fault that no test finds is printed and makes the exit code 1.  Takes some minutes.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Fault(NamedTuple):
+    """Text of a file replaced by other text, and the tests that should notice."""
+
+    file: str
+    good: str
+    bad: str
+    tests: str
+
+
+PARTS, METHODS, BRIDGE = "test/parts", "test/methods", "test/bridge"
+FAULTS = {
+    "teacher follows parameters but not buffers": Fault(
+        "espnet_pl/parts/teacher.py", "use_buffers=True", "use_buffers=False", PARTS
+    ),
+    "moving average never moves": Fault(
+        "espnet_pl/parts/teacher.py",
+        "torch._foreach_lerp_(mine, theirs, 1 - decay)",
+        "mine = [m.lerp(t, 1 - decay) for m, t in zip(mine, theirs)]",
+        PARTS,
+    ),
+    "decay and its complement swapped": Fault(
+        "espnet_pl/parts/teacher.py", "theirs, 1 - decay)", "theirs, decay)", PARTS
+    ),
+    "teacher obeys train()": Fault(
+        "espnet_pl/parts/teacher.py", "super().train(False)", "super().train(mode)", PARTS
+    ),
+    "labels made in the strong view": Fault(
+        "espnet_pl/parts/teacher.py", "    network.eval()\n", "", f"{PARTS} {METHODS}"
+    ),
+    "gradient through the teacher's labels kept": Fault(
+        "espnet_pl/parts/teacher.py", "with torch.no_grad():", "with torch.enable_grad():", PARTS
+    ),
+    "blanks dropped before repeats are merged": Fault(
+        "espnet_pl/parts/decoding.py",
+        "merged = torch.unique_consecutive(path)\n    return merged[merged != blank].tolist()",
+        "return torch.unique_consecutive(path[path != blank]).tolist()",
+        PARTS,
+    ),
+    "padding is decoded": Fault(
+        "espnet_pl/parts/decoding.py", "collapse(path[:length]", "collapse(path", PARTS
+    ),
+    "empty labels are trained on": Fault(
+        "espnet_pl/parts/pseudo_labels.py", "bool(y) for y in usable", "True for y in usable", PARTS
+    ),
+    "mean over all instead of kept utterances": Fault(
+        "espnet_pl/parts/pseudo_labels.py", "/ max(kept, 1)", "/ len(labels)", PARTS
+    ),
+    "a NaN is hidden": Fault(
+        "espnet_pl/parts/pseudo_labels.py", "~score.isneginf()", "score.isfinite()", PARTS
+    ),
+    "cache never refreshed": Fault(
+        "espnet_pl/parts/cache.py",
+        "self._labels[utt_id] = list(label)",
+        "self._labels.setdefault(utt_id, list(label))",
+        f"{PARTS} {METHODS}",
+    ),
+    "cache not in the checkpoint": Fault(
+        "espnet_pl/parts/cache.py",
+        "self._labels = dict(zip(ids, labels))",
+        "self._labels = {}",
+        PARTS,
+    ),
+    "cache entries replaced every time": Fault(
+        "espnet_pl/data/pairing.py",
+        "random.random() < pairing.replace",
+        "True",
+        "test/data/test_pairing.py",
+    ),
+    "new entries used in the same sweep": Fault(
+        "espnet_pl/data/pairing.py",
+        "snapshot = list(cache)",
+        "snapshot = cache",
+        "test/data/test_pairing.py",
+    ),
+    "ratio of updates ignored": Fault(
+        "espnet_pl/data/pairing.py",
+        "[True] * pairing.labelled + [False] * pairing.unlabelled",
+        "[True] + [False]",
+        "test/data/test_pairing.py",
+    ),
+    "weight of the unlabelled loss ignored": Fault(
+        "espnet_pl/methods/base.py",
+        "Term(loss.loss, self.config.weight, loss.kept)",
+        "Term(loss.loss, 1.0, loss.kept)",
+        METHODS,
+    ),
+    "unlabelled loss is zero": Fault(
+        "espnet_pl/methods/base.py",
+        "Term(loss.loss, self.config.weight, loss.kept)",
+        "Term(loss.loss * 0, self.config.weight, loss.kept)",
+        METHODS,
+    ),
+    "unlabelled loss detached": Fault(
+        "espnet_pl/methods/base.py",
+        "Term(loss.loss, self.config.weight, loss.kept)",
+        "Term(loss.loss.detach(), self.config.weight, loss.kept)",
+        METHODS,
+    ),
+    "steps not counted": Fault("espnet_pl/methods/base.py", "self.step += 1", "pass", METHODS),
+    "start forgotten": Fault("espnet_pl/methods/base.py", "self.start(student)", "pass", METHODS),
+    "student labels in place of the momentum teacher": Fault(
+        "espnet_pl/methods/mpl.py", "return self.teacher.network", "return student", METHODS
+    ),
+    "momentum teacher never follows": Fault(
+        "espnet_pl/methods/mpl.py", "self.teacher.follow(student)", "pass", METHODS
+    ),
+    "rounds never end": Fault("espnet_pl/methods/iterative.py", "== 0:", "== -1:", METHODS),
+    "labels without an alignment cost infinity": Fault(
+        "espnet_pl/losses/ctc.py", "zero_infinity=True", "zero_infinity=False", "test/losses"
+    ),
+    "repeats need no blank": Fault(
+        "espnet_pl/losses/ctc.py",
+        "label_lengths + repeats.sum(dim=1)",
+        "label_lengths",
+        "test/losses",
+    ),
+    "padding counts in the diagnostics": Fault(
+        "espnet_pl/losses/diagnostics.py", "< frames[:, None]", "< 10**6", "test/losses"
+    ),
+    "wrong key prefix in checkpoints": Fault(
+        "espnet_pl/bridge/model.py",
+        "return self.student.net.state_dict(*args, **kwargs)",
+        "return self.student.state_dict(*args, **kwargs)",
+        f"{BRIDGE}/test_train.py -k stock",
+    ),
+    "method does not hear of updates": Fault(
+        "espnet_pl/bridge/model.py",
+        "lambda *_: model.method.after_step(model.student)",
+        "lambda *_: None",
+        f"{BRIDGE}/test_train.py -k restart",
+    ),
+    "method's state not restored": Fault(
+        "espnet_pl/bridge/model.py",
+        "        model.method.load_state_dict(state[SAVED_AS])\n",
+        "",
+        f"{BRIDGE}/test_train.py -k restart",
+    ),
+    "plain mean over ranks": Fault(
+        "espnet_pl/bridge/model.py",
+        "share = counts * torch.distributed.get_world_size() / total.clamp(min=1)",
+        "share = torch.ones_like(counts)",
+        f"{BRIDGE}/test_distributed.py -k count",
+    ),
+    "an epoch begins at the first step": Fault(
+        "espnet_pl/bridge/batches.py",
+        "range((epoch - 1) * self.steps_per_epoch)",
+        "range(0)",
+        f"{BRIDGE}/test_distributed.py -k epoch",
+    ),
+    "teacher exported as student": Fault(
+        "espnet_pl/bridge/export.py",
+        '_teacher(exp) if source == "teacher" else _student(exp, config)',
+        "_student(exp, config)",
+        f"{BRIDGE}/test_train.py -k exported",
+    ),
+    "frozen parameters are trained": Fault(
+        "espnet_pl/bridge/task.py",
+        "parameter.requires_grad = False",
+        "pass",
+        f"{BRIDGE}/test_train.py -k frozen",
+    ),
+}
+
+
+def found(fault: Fault) -> bool:
+    """Whether a test fails because of the fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("espnet_pl", "test", "egs", "tools", "pyproject.toml"):
+            source = ROOT / name
+            ignored = shutil.ignore_patterns("__pycache__", "venv", "dump", "exp", "log")
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=ignored)
+            else:
+                shutil.copy(source, copy / name)
+        target = copy / fault.file
+        text = target.read_text()
+        if fault.good not in text:
+            raise SystemExit(f"{fault.file} does not hold {fault.good!r} any more: mend this list")
+        target.write_text(text.replace(fault.good, fault.bad))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, "--deselect", "test/methods/test_sixth_method.py", *fault.tests.split()],
+            cwd=copy,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode not in (0, 1):
+            raise SystemExit(done.stdout + done.stderr)
+        return done.returncode == 1
+
+
+def main() -> None:
+    """All faults, or those named."""
+    survived = []
+    for name in sys.argv[1:] or FAULTS:
+        began = time.time()
+        caught = found(FAULTS[name])
+        survived += [] if caught else [name]
+        print(
+            f"{'caught' if caught else 'SURVIVED':9} {time.time() - began:4.0f} s  {name}",
+            flush=True,
+        )
+    print(f"{len(survived)} survived")
+    raise SystemExit(bool(survived))
+
+
+if __name__ == "__main__":
+    main()
