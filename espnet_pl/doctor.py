@@ -93,7 +93,7 @@ def espnet() -> Check:
     where = os.path.dirname(spec.origin)
     # An old checkout on PYTHONPATH hides the installed one, and nothing says so.
     strays = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    if any(os.path.realpath(where).startswith(os.path.realpath(p) + os.sep) for p in strays):
+    if os.path.realpath(os.path.dirname(where)) in map(os.path.realpath, strays):
         return Check("espnet", WRONG, f"comes from PYTHONPATH: {where}", "unset PYTHONPATH")
     if (version or "").split(".")[0] not in ESPNET_OF_PYTHON.values():
         remedy = f"not tested; {wanted} is: {INSTALL} in a shell without this environment"
