@@ -1,8 +1,8 @@
 """Generates mini_alnum: little labelled speech of one domain, much unlabelled speech of another.
 
-The same voices speak in both.  Domain A (labelled): nearly clean.  Domain B (unlabelled, dev, test):
-every speaker in a room of their own, with noise.  ``--shift`` scales the difference: 0 is A's room,
-1 is T60 0.15-0.5 s and noise from 20 dB below the speech to 5 dB above it.
+The same voices speak in both.  Domain A (labelled): nearly clean.  Domain B (unlabelled, dev,
+test): every speaker in a room of their own, with noise.  ``--shift`` scales the difference: 0 is
+A's room, 1 is T60 0.15-0.5 s and noise from 20 dB below the speech to 5 dB above it.
 
 Why not other voices: an engine says a word the same way each time, so what a recogniser gets wrong
 about an unknown voice it gets wrong always, and pseudo-labels cannot mend that.  Noise differs from
