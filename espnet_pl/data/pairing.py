@@ -130,8 +130,7 @@ def _unlabelled(
         yield None, (cache[-1],)
     while True:
         random.shuffle(cache)
-        snapshot = list(cache)
-        for place, used in enumerate(snapshot):
+        for place, used in enumerate(cache):  # what enters takes the place of what was just used
             if random.random() < pairing.replace:
                 cache[place] = next(batches)
                 yield used, (cache[place],)

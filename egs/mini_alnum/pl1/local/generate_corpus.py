@@ -157,7 +157,7 @@ def _generate(what, index, cast, args, audio, seen):
         text, speaker = " ".join(words), f"{accent}_{variant}"
         if held_out:
             seen.add(text)
-        key = f"{speaker}-{what.domain}{number:05d}"
+        key = f"{speaker}-{what.domain}{index}{number:04d}"  # a speaker is in several sets
         path = audio / what.name / f"{key}.flac"
         kaldi.write_audio(path, speech, args.rate)
         utterances.append(Utterance(key, speaker, str(path), text))
