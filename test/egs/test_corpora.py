@@ -130,6 +130,9 @@ def test_sets_are_valid_and_do_not_overlap(made, monkeypatch):
         },
         rate=16000 if corpus == "an4" else 8000,
     )
+    if corpus == "mini_alnum":  # one cast of voices speaks in both of its domains
+        assert {p.kind for p in problems} == {"same speaker in both"}
+        problems = [p for p in problems if not p.is_warning]
     assert problems == []
 
 
@@ -173,8 +176,11 @@ def test_unlabelled_has_no_text_and_the_oracle_has_it(made):
 def test_no_speaker_is_in_two_sets(made):
     corpus, folder = made
     names = ["train_labelled", "train_unlabelled", "dev", *HELD_OUT[corpus]]
-    if corpus == "mini_alnum":
-        names.append("test_labelled_domain")
+    if corpus == "mini_alnum":  # there the voices are the same and the recordings are not
+        assert speakers(folder, "dev") & speakers(folder, "train_labelled")
+        wavs = [u.wav for name in names for u in read(folder, name)]
+        assert len(wavs) == len(set(wavs))
+        return
     if corpus == "fsdd":
         names = names[:2]  # the others are other recordings, see below
     everyone = [s for name in names for s in speakers(folder, name)]
@@ -196,8 +202,7 @@ def test_audio_follows_dumpdir(tmp_path):
 def test_mini_alnum_texts_of_test_are_new(make):
     folder = make("mini_alnum")
     train = {u.text for u in read(folder, "train_oracle")}
-    common = {u.text for name in ("test", "dev") for u in read(folder, name)} & train
-    assert all(len(text.split()) == 1 for text in common)
+    assert not {u.text for name in ("test", "dev") for u in read(folder, name)} & train
 
 
 def test_mini_alnum_options(tmp_path):
