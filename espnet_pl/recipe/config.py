@@ -64,20 +64,17 @@ class Recipe:
     truth: str | None = None
 
     def __post_init__(self):
-        kinds = ("word", "char", "bpe")
-        if self.token_type not in kinds:
-            raise RecipeError(f"token_type: {did_you_mean(self.token_type, kinds)}")
+        _check_token_type(self.token_type)
         for name in self.report_together:
             if name not in self.test:
                 raise RecipeError(f"report_together: {did_you_mean(name, self.test)}")
         if not self.tokens_from:
             object.__setattr__(self, "tokens_from", [self.labelled])
 
-    @property
-    def tokens(self) -> Path:
-        """The folder of the token list."""
-        size = self.nbpe if self.token_type == "bpe" else ""
-        return Path(f"data/token_list/{self.token_type}{size}")
+    def tokens(self, token_type: str) -> Path:
+        """The folder of the token list of that type."""
+        size = self.nbpe if token_type == "bpe" else ""
+        return Path(f"data/token_list/{token_type}{size}")
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,20 @@ class RunOptions:
         init: the run whose exported model this one starts from.
         labelled: another labelled set than the recipe's.
         unlabelled: another unlabelled set than the recipe's.
+        token_type: another token type than the recipe's.  A run that starts from one with another
+            token type than its own takes over the encoder only.
         export: which network users get, ``student`` or ``teacher`` (default: the method's choice).
     """
 
     init: str | None = None
     labelled: str | None = None
     unlabelled: str | None = None
+    token_type: str | None = None
     export: str | None = None
+
+    def __post_init__(self):
+        if self.token_type is not None:
+            _check_token_type(self.token_type)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,12 @@ class Run:
     def conf(self) -> Path:
         """The file with this run's differences."""
         return Path(f"conf/{self.name}.yaml")
+
+
+def _check_token_type(name: str) -> None:
+    kinds = ("word", "char", "bpe")
+    if name not in kinds:
+        raise RecipeError(f"token_type: {did_you_mean(name, kinds)}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -43,6 +43,10 @@ class Plan:
         """The labelled set of a run."""
         return self.runs[run].options.labelled or self.recipe.labelled
 
+    def token_type(self, run: str) -> str:
+        """The token type of a run."""
+        return self.runs[run].options.token_type or self.recipe.token_type
+
 
 def create_dataset(plan: Plan) -> Iterator[Job]:
     """Write data/<set> with the corpus's own local/data.sh, and check every recording."""
@@ -74,15 +78,19 @@ def create_dataset(plan: Plan) -> Iterator[Job]:
 
 
 def train_tokenizer(plan: Plan) -> Iterator[Job]:
-    """Make the list of tokens (words, characters or BPE) from transcripts."""
+    """Make the lists of tokens (words, characters or BPE) from transcripts."""
     recipe = plan.recipe
     texts = tuple(Path(f"data/{name}/text") for name in recipe.tokens_from)
-    size = str(recipe.nbpe) if recipe.token_type == "bpe" else "0"
-    argv = ["python3", "-m", "espnet_pl.recipe.tokens", recipe.token_type, size, str(recipe.tokens)]
-    log = Path(f"log/train_tokenizer_{recipe.tokens.name}.log")
-    yield Job(
-        "train_tokenizer", (*argv, *map(str, texts)), log, inputs=texts, outputs=_token_files(plan)
-    )
+    names = config.with_inits(plan.chosen, plan.runs)
+    for kind in _unique(recipe.token_type, *map(plan.token_type, names)):
+        folder = recipe.tokens(kind)
+        size = str(recipe.nbpe) if kind == "bpe" else "0"
+        argv = ["python3", "-m", "espnet_pl.recipe.tokens", kind, size, str(folder)]
+        yield Job(
+            "train_tokenizer" if kind == recipe.token_type else f"train_tokenizer {kind}",
+            (*argv, *map(str, texts)), Path(f"log/train_tokenizer_{folder.name}.log"),
+            inputs=texts, outputs=_token_files(recipe, kind),
+        )  # fmt: skip
 
 
 def collect_stats(plan: Plan) -> Iterator[Job]:
@@ -90,7 +98,7 @@ def collect_stats(plan: Plan) -> Iterator[Job]:
     if not any(run.normalize == "global_mvn" for run in plan.runs.values()):
         return
     folder = plan.expdir / "stats"
-    argv, inputs = _training(plan, plan.recipe.labelled)
+    argv, inputs = _training(plan, plan.recipe.labelled, plan.recipe.token_type)
     argv += ["--collect_stats", "true", "--normalize", "none", "--output_dir", str(folder)]
     argv += ["--config", str(config.ASR), "--ngpu", "0"]
     yield Job(
@@ -105,7 +113,7 @@ def train(plan: Plan) -> Iterator[Job]:
     for seed in plan.seeds:
         for name in config.with_inits(plan.chosen, plan.runs):
             run, folder = plan.runs[name], plan.dir(name, seed)
-            argv, inputs = _training(plan, plan.labelled(name))
+            argv, inputs = _training(plan, plan.labelled(name), plan.token_type(name))
             argv += ["--config", str(config.ASR), "--config", str(run.conf)]
             argv += ["--seed", str(seed), "--ngpu", str(plan.ngpu), "--output_dir", str(folder)]
             inputs += [config.ASR, run.conf]
@@ -125,7 +133,8 @@ def train(plan: Plan) -> Iterator[Job]:
                     inputs.append(Path(f"data/{recipe.truth}/text"))
             if run.options.init:
                 start = plan.dir(run.options.init, seed) / "model" / "model.pth"
-                argv += ["--init_param", str(start)]
+                same = plan.token_type(run.options.init) == plan.token_type(name)
+                argv += ["--init_param", str(start) if same else f"{start}:encoder:encoder"]
                 inputs.append(start)
             job = Job(
                 f"train {name} seed {seed}", (*argv, "--resume", "true"), folder / "train.log",
@@ -243,7 +252,7 @@ def pack_model(plan: Plan) -> Iterator[Job]:
         folder, options = plan.dir(name, seed), []
         if plan.runs[name].normalize == "global_mvn":
             options.append(folder / "model" / "feats_stats.npz")
-        if plan.recipe.token_type == "bpe":
+        if plan.token_type(name) == "bpe":
             options.append(folder / "model" / "bpe.model")
         conf, weights = _model(folder)
         target = folder / f"{corpus}_{name}.zip"
@@ -259,11 +268,11 @@ def pack_model(plan: Plan) -> Iterator[Job]:
 STAGES = (create_dataset, train_tokenizer, collect_stats, train, infer, measure, pack_model)
 
 
-def _training(plan: Plan, labelled: str) -> tuple[list[str], list[Path]]:
+def _training(plan: Plan, labelled: str, token_type: str) -> tuple[list[str], list[Path]]:
     """The part of a training command that statistics and training share, and its input files."""
     recipe = plan.recipe
-    argv = ["python3", "-m", "espnet_pl.bridge.train", "--token_type", recipe.token_type]
-    inputs = list(_token_files(plan))
+    argv = ["python3", "-m", "espnet_pl.bridge.train", "--token_type", token_type]
+    inputs = list(_token_files(recipe, token_type))
     argv += ["--token_list", str(inputs[0])]
     argv += ["--bpemodel", str(inputs[1])] if inputs[1:] else []
     for part, name in (("train", labelled), ("valid", recipe.valid)):
@@ -276,9 +285,9 @@ def _training(plan: Plan, labelled: str) -> tuple[list[str], list[Path]]:
     return [*argv, "--use_preprocessor", "true"], inputs
 
 
-def _token_files(plan: Plan) -> tuple[Path, ...]:
-    names = ("tokens.txt", "bpe.model") if plan.recipe.token_type == "bpe" else ("tokens.txt",)
-    return tuple(plan.recipe.tokens / name for name in names)
+def _token_files(recipe: config.Recipe, token_type: str) -> tuple[Path, ...]:
+    names = ("tokens.txt", "bpe.model") if token_type == "bpe" else ("tokens.txt",)
+    return tuple(recipe.tokens(token_type) / name for name in names)
 
 
 def _stats(plan: Plan) -> Path:

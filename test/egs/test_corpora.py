@@ -164,13 +164,16 @@ def test_lost_audio_is_made_again(made):
 def test_unlabelled_has_no_text_and_the_oracle_has_it(made):
     corpus, folder = made
     assert not (folder / "data/train_unlabelled/text").exists()
-    labelled = "train_labelled_plus" if corpus == "an4" else "train_labelled"
+    plus = "_plus" if corpus == "an4" else ""
+    labelled = read(folder, f"train_labelled{plus}")
+    unlabelled = read(folder, f"train_unlabelled{plus}")
+    assert not any(u.text for u in unlabelled)
     oracle = {u.id: u for u in read(folder, "train_oracle")}
-    parts = read(folder, labelled) + read(folder, "train_unlabelled")
+    parts = labelled + unlabelled
     assert sorted(oracle) == sorted(u.id for u in parts)
     assert all(u.text for u in oracle.values())
     assert all(oracle[u.id].wav == u.wav for u in parts)
-    assert all(oracle[u.id] == u for u in read(folder, labelled))
+    assert all(oracle[u.id] == u for u in labelled)
 
 
 def test_no_speaker_is_in_two_sets(made):
@@ -436,8 +439,36 @@ def test_an4_splits_are_those_documented(make):
     assert size("test") == (10, 130, 6.0, 773)
     assert size("test_ext") == (10, 127, 5.3, 724)
     assert speakers(folder, "train_labelled_small") < speakers(folder, "train_labelled")
-    plus = read(folder, "train_labelled") + read(folder, "train_labelled_generated")
-    assert read(folder, "train_labelled_plus") == sorted(plus)
+    plus = [f"train_labelled{made}" for made in ("", "_speed", "_generated")]
+    parts = [u for name in plus for u in read(folder, name)]
+    assert read(folder, "train_labelled_plus") == sorted(parts)
+    parts = read(folder, "train_unlabelled") + read(folder, "train_unlabelled_speed")
+    assert read(folder, "train_unlabelled_plus") == sorted(parts)
+
+
+@needs_speech
+def test_an4_speed_copies_last_longer_and_shorter_with_the_pitch_along(make):
+    folder = make("an4")
+    original = {u.id: u for u in read(folder, "train_labelled")}
+    copies = read(folder, "train_labelled_speed")
+    assert len(copies) == 2 * len(original)
+
+    def heard(utterance, speed):  # seconds, and the mean frequency of 100 to 6500 Hz at speed 1
+        samples, rate = soundfile.read(folder / utterance.wav)
+        frequencies = np.fft.rfftfreq(len(samples), 1 / rate)
+        power = np.abs(np.fft.rfft(samples)) ** 2
+        power[(frequencies < 100 * speed) | (frequencies > 6500 * speed)] = 0
+        return len(samples) / rate, power @ frequencies / power.sum()
+
+    for copy in copies[::20]:
+        prefix, name = copy.id.split("-", 1)
+        speed = float(prefix.removeprefix("sp"))
+        assert speed in (0.9, 1.1) and copy.speaker == f"{prefix}-{original[name].speaker}"
+        assert copy.text == original[name].text
+        seconds, frequency = heard(copy, speed)
+        seconds_before, frequency_before = heard(original[name], 1)
+        assert seconds == pytest.approx(seconds_before / speed, rel=1e-3)
+        assert frequency == pytest.approx(frequency_before * speed, rel=0.01)
 
 
 @needs_speech

@@ -84,6 +84,7 @@ def test_help_is_quick_and_complete():
         ("recipe.yaml", "labeled: a\n", "'labeled' is not known; did you mean 'labelled'?"),
         ("recipe.yaml", "rate: fast\n", "recipe.yaml: rate: expected int, got 'fast'"),
         ("recipe.yaml", "token_type: chars\n", "did you mean 'char'?"),
+        ("conf/a.yaml", "method: x\nrecipe: {token_type: words}\n", "did you mean 'word'?"),
         ("recipe.yaml", "test: [a]\nreport_together: [b]\n", "report_together: 'b' is not known"),
         ("recipe.yaml", "default: [superwised]\n", "did you mean 'supervised'?"),
         ("recipe.yaml", "default: [oracle]\nbaseline: continue\n", "did you mean 'continued'?"),

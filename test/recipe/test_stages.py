@@ -78,6 +78,26 @@ def test_pieces_of_words():
     assert "--option exp/slimipl/model/bpe.model" in next(stages.pack_model(plan())).shell()
 
 
+def test_a_run_with_other_tokens_hands_over_its_encoder_only():
+    Path("conf/supervised.yaml").write_text("method: supervised\nrecipe: {token_type: bpe}\n")
+    words, pieces = stages.train_tokenizer(plan(("slimipl",)))
+    assert (words.name, words.outputs[0]) == (
+        "train_tokenizer", Path("data/token_list/word/tokens.txt")
+    )  # fmt: skip
+    assert (pieces.name, pieces.outputs[0]) == (
+        "train_tokenizer bpe", Path("data/token_list/bpe500/tokens.txt")
+    )  # fmt: skip
+    jobs = {job.name: job for job in stages.train(plan(("slimipl", "oracle")))}
+    first, then = jobs["train supervised seed 1"], jobs["train slimipl seed 1"]
+    assert "--token_type bpe --token_list data/token_list/bpe500/tokens.txt" in first.shell()
+    assert set(pieces.outputs) <= set(first.inputs)
+    assert "--token_type word --token_list data/token_list/word/tokens.txt" in then.shell()
+    assert "--init_param exp/supervised/model/model.pth:encoder:encoder" in then.shell()
+    packed = {job.name: job.shell() for job in stages.pack_model(plan(("slimipl", "supervised")))}
+    assert "bpe.model" in packed["pack supervised seed 1"]
+    assert "bpe.model" not in packed["pack slimipl seed 1"]
+
+
 # --- whole calls ---------------------------------------------------------------------------------
 
 

@@ -3,8 +3,9 @@
 ``splits.tsv`` says which speaker belongs to which set; nobody is in two, but for
 ``train_labelled_small``, a part of ``train_labelled``.  ``test`` is AN4's own test set.
 
-Generated speech has AN4's grammar in American voices, close to the microphone:
-``train_labelled_plus`` = ``train_labelled`` + ``train_labelled_generated``.
+``train_labelled_speed`` and ``train_unlabelled_speed`` are the same played slower and faster.
+``train_labelled_generated`` has AN4's grammar in voices of eSpeak NG, close to the microphone.
+``train_labelled_plus`` and ``train_unlabelled_plus`` are all that is labelled and all that is not.
 """
 
 import argparse
@@ -12,10 +13,12 @@ import csv
 import os
 import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from scipy.signal import resample_poly
 
 from espnet_pl.data import download, kaldi, synthesis
 from espnet_pl.data.kaldi import Utterance
@@ -26,6 +29,7 @@ COMMIT = "b567d132f43304e70a2b2eca6077f22255311812"
 URL = f"https://github.com/cmusphinx/an4/archive/{COMMIT}.tar.gz"
 # download.pcm_digest of the 1078 recordings at that commit, by utterance id.
 DIGEST = "5e08ef435eb7194ac08af777710b6787230e802299420664b5cb19995993dcac"
+SPEEDS = ("0.9", "1.1")  # Kaldi's three-way speed perturbation; the third is 1
 SPLITS = Path(__file__).with_name("splits.tsv")
 
 
@@ -47,7 +51,8 @@ def main() -> None:
     for line in SPLITS.read_text().splitlines()[1:]:
         speaker, name = line.split("\t")
         splits.setdefault(name, set()).add(speaker)
-    extra = ["train_labelled_generated", "train_labelled_plus", "train_oracle"]
+    made = ["train_labelled_speed", "train_unlabelled_speed", "train_labelled_generated"]
+    extra = [*made, "train_labelled_plus", "train_unlabelled_plus", "train_oracle"]
     if stamp.is_current(data / name for name in [*splits, *extra]):
         print("an4: data/ is up to date")
         return
@@ -59,13 +64,16 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"an4: {source} and splits.tsv differ in speakers {sorted(unknown)}")
     sets = {n: [u for u in everything if u.speaker in who] for n, who in splits.items()}
-    generated = _generate(sets["train_labelled"], audio / extra[0], args)
-    sets["train_labelled_generated"] = generated
-    sets["train_labelled_plus"] = sets["train_labelled"] + generated
-    sets["train_oracle"] = sets["train_labelled_plus"] + sets["train_unlabelled"]
+    labelled, unlabelled = sets["train_labelled"], sets["train_unlabelled"]
+    sets[made[0]] = _change_speed(labelled, audio / made[0])
+    sets[made[1]] = _change_speed(unlabelled, audio / made[1])
+    sets[made[2]] = _generate(labelled, audio / made[2], args)
+    sets["train_labelled_plus"] = labelled + sets[made[0]] + sets[made[2]]
+    sets["train_unlabelled_plus"] = unlabelled + sets[made[1]]
+    sets["train_oracle"] = sets["train_labelled_plus"] + sets["train_unlabelled_plus"]
     for name, utterances in sets.items():
         print(kaldi.summary(name, utterances), flush=True)
-        if name == "train_unlabelled":
+        if name.startswith("train_unlabelled"):
             utterances = [u._replace(text=None) for u in utterances]
         kaldi.write_dir(data / name, utterances)
     stamp.write()
@@ -161,7 +169,23 @@ def _fetch() -> Path:
     return folder
 
 
-# --- generated speech ---------------------------------------------------------------------------
+# --- speech made of other speech, or of text -----------------------------------------------------
+
+
+def _change_speed(labelled, folder) -> list[Utterance]:
+    """Every utterance at every speed, by resampling: pitch and formants go along with the tempo."""
+    shutil.rmtree(folder, ignore_errors=True)
+    changed = []
+    for speed in SPEEDS:
+        step = 1 / Fraction(speed)
+        for utterance in labelled:
+            samples = _read(utterance.wav) / 32768
+            samples = resample_poly(samples, step.numerator, step.denominator).clip(-1, 1)
+            key, speaker = f"sp{speed}-{utterance.id}", f"sp{speed}-{utterance.speaker}"
+            path = folder / f"{key}.flac"
+            kaldi.write_audio(path, samples, RATE)
+            changed.append(Utterance(key, speaker, str(path), utterance.text))
+    return changed
 
 
 def _generate(labelled, folder, args) -> list[Utterance]:
