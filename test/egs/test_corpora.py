@@ -164,9 +164,9 @@ def test_lost_audio_is_made_again(made):
 def test_unlabelled_has_no_text_and_the_oracle_has_it(made):
     corpus, folder = made
     assert not (folder / "data/train_unlabelled/text").exists()
-    plus = "_plus" if corpus == "an4" else ""
-    labelled = read(folder, f"train_labelled{plus}")
-    unlabelled = read(folder, f"train_unlabelled{plus}")
+    real = "_real" if corpus == "an4" else ""
+    labelled = read(folder, f"train_labelled{real}")
+    unlabelled = read(folder, f"train_unlabelled{real}")
     assert not any(u.text for u in unlabelled)
     oracle = {u.id: u for u in read(folder, "train_oracle")}
     parts = labelled + unlabelled
@@ -439,11 +439,12 @@ def test_an4_splits_are_those_documented(make):
     assert size("test") == (10, 130, 6.0, 773)
     assert size("test_ext") == (10, 127, 5.3, 724)
     assert speakers(folder, "train_labelled_small") < speakers(folder, "train_labelled")
-    plus = [f"train_labelled{made}" for made in ("", "_speed", "_generated")]
-    parts = [u for name in plus for u in read(folder, name)]
-    assert read(folder, "train_labelled_plus") == sorted(parts)
-    parts = read(folder, "train_unlabelled") + read(folder, "train_unlabelled_speed")
-    assert read(folder, "train_unlabelled_plus") == sorted(parts)
+    real = read(folder, "train_labelled") + read(folder, "train_labelled_speed")
+    assert read(folder, "train_labelled_real") == sorted(real)
+    plus = real + read(folder, "train_labelled_generated")
+    assert read(folder, "train_labelled_plus") == sorted(plus)
+    unlabelled = read(folder, "train_unlabelled") + read(folder, "train_unlabelled_speed")
+    assert read(folder, "train_unlabelled_real") == sorted(unlabelled)
 
 
 @needs_speech

@@ -5,7 +5,8 @@
 
 ``train_labelled_speed`` and ``train_unlabelled_speed`` are the same played slower and faster.
 ``train_labelled_generated`` has AN4's grammar in voices of eSpeak NG, close to the microphone.
-``train_labelled_plus`` and ``train_unlabelled_plus`` are all that is labelled and all that is not.
+``train_labelled_real`` and ``train_unlabelled_real`` are the recordings at all speeds, and
+``train_labelled_plus`` has the generated speech too.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def main() -> None:
         speaker, name = line.split("\t")
         splits.setdefault(name, set()).add(speaker)
     made = ["train_labelled_speed", "train_unlabelled_speed", "train_labelled_generated"]
-    extra = [*made, "train_labelled_plus", "train_unlabelled_plus", "train_oracle"]
+    unions = ["train_labelled_real", "train_labelled_plus", "train_unlabelled_real", "train_oracle"]
+    extra = [*made, *unions]
     if stamp.is_current(data / name for name in [*splits, *extra]):
         print("an4: data/ is up to date")
         return
@@ -68,9 +70,10 @@ def main() -> None:
     sets[made[0]] = _change_speed(labelled, audio / made[0])
     sets[made[1]] = _change_speed(unlabelled, audio / made[1])
     sets[made[2]] = _generate(labelled, audio / made[2], args)
-    sets["train_labelled_plus"] = labelled + sets[made[0]] + sets[made[2]]
-    sets["train_unlabelled_plus"] = unlabelled + sets[made[1]]
-    sets["train_oracle"] = sets["train_labelled_plus"] + sets["train_unlabelled_plus"]
+    sets["train_labelled_real"] = labelled + sets[made[0]]
+    sets["train_labelled_plus"] = sets["train_labelled_real"] + sets[made[2]]
+    sets["train_unlabelled_real"] = unlabelled + sets[made[1]]
+    sets["train_oracle"] = sets["train_labelled_real"] + sets["train_unlabelled_real"]
     for name, utterances in sets.items():
         print(kaldi.summary(name, utterances), flush=True)
         if name.startswith("train_unlabelled"):
