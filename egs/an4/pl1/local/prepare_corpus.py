@@ -31,6 +31,10 @@ URL = f"https://github.com/cmusphinx/an4/archive/{COMMIT}.tar.gz"
 # download.pcm_digest of the 1078 recordings at that commit, by utterance id.
 DIGEST = "5e08ef435eb7194ac08af777710b6787230e802299420664b5cb19995993dcac"
 SPEEDS = ("0.9", "1.1")  # Kaldi's three-way speed perturbation; the third is 1
+DERIVED = (  # the sets that splits.tsv does not name
+    "train_labelled_speed", "train_labelled_real", "train_labelled_generated",
+    "train_labelled_plus", "train_unlabelled_speed", "train_unlabelled_real", "train_oracle",
+)  # fmt: skip
 SPLITS = Path(__file__).with_name("splits.tsv")
 
 
@@ -52,10 +56,7 @@ def main() -> None:
     for line in SPLITS.read_text().splitlines()[1:]:
         speaker, name = line.split("\t")
         splits.setdefault(name, set()).add(speaker)
-    made = ["train_labelled_speed", "train_unlabelled_speed", "train_labelled_generated"]
-    unions = ["train_labelled_real", "train_labelled_plus", "train_unlabelled_real", "train_oracle"]
-    extra = [*made, *unions]
-    if stamp.is_current(data / name for name in [*splits, *extra]):
+    if stamp.is_current(data / name for name in [*splits, *DERIVED]):
         print("an4: data/ is up to date")
         return
     stamp.clear()
@@ -66,13 +67,12 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"an4: {source} and splits.tsv differ in speakers {sorted(unknown)}")
     sets = {n: [u for u in everything if u.speaker in who] for n, who in splits.items()}
-    labelled, unlabelled = sets["train_labelled"], sets["train_unlabelled"]
-    sets[made[0]] = _change_speed(labelled, audio / made[0])
-    sets[made[1]] = _change_speed(unlabelled, audio / made[1])
-    sets[made[2]] = _generate(labelled, audio / made[2], args)
-    sets["train_labelled_real"] = labelled + sets[made[0]]
-    sets["train_labelled_plus"] = sets["train_labelled_real"] + sets[made[2]]
-    sets["train_unlabelled_real"] = unlabelled + sets[made[1]]
+    for name in ("train_labelled", "train_unlabelled"):
+        sets[f"{name}_speed"] = _change_speed(sets[name], audio / f"{name}_speed")
+        sets[f"{name}_real"] = sets[name] + sets[f"{name}_speed"]
+    generated = _generate(sets["train_labelled"], audio / "train_labelled_generated", args)
+    sets["train_labelled_generated"] = generated
+    sets["train_labelled_plus"] = sets["train_labelled_real"] + generated
     sets["train_oracle"] = sets["train_labelled_real"] + sets["train_unlabelled_real"]
     for name, utterances in sets.items():
         print(kaldi.summary(name, utterances), flush=True)
