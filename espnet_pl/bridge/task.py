@@ -19,6 +19,7 @@ OPTIONS = (
     "unlabelled_data_path_and_name_and_type",
     "unlabelled_shape_file",
     "truth",
+    "teachers",
 )
 
 
@@ -51,6 +52,13 @@ class PLTask(ASRTask):
             help="a text file with held-back transcripts of unlabelled utterances: they are "
             "compared with the pseudo-labels, logged, and never trained on",
         )
+        group.add_argument(
+            "--teachers",
+            action="append",
+            default=[],
+            help="folder of an exported model (config.yaml, model.pth) that labels beside the "
+            "method's own teacher; may be given several times",
+        )
         # One criterion: 202511 averages wrongly with several (compat.py).  No plots and no
         # tensorboard unless asked for: both need packages that training does not.
         parser.set_defaults(
@@ -74,8 +82,8 @@ class PLTask(ASRTask):
             for parameter in mine:
                 parameter.requires_grad = False
         student = Recogniser(net)
-        truth = cls._read_truth(args)
-        return PLModel(student, build(args.method, args.method_conf, student, {"truth": truth}))
+        resources = {"truth": cls._read_truth(args), "teachers": cls._read_teachers(args)}
+        return PLModel(student, build(args.method, args.method_conf, student, resources))
 
     @classmethod
     def build_optimizers(cls, args: argparse.Namespace, model: PLModel):
@@ -110,6 +118,22 @@ class PLTask(ASRTask):
             theirs.num_iters_per_epoch = None
             unlabelled = _Unlabelled.build_iter_factory(theirs, distributed_option, mode, kwargs)
         return PairedIterFactory(pairing, factory, unlabelled, args.num_iters_per_epoch, args.seed)
+
+    @classmethod
+    def _read_teachers(cls, args: argparse.Namespace) -> list[Recogniser]:
+        teachers = []
+        for folder in map(Path, [] if args.collect_stats else args.teachers):
+            files = [folder / "config.yaml", folder / "model.pth"]
+            for file in files:
+                if not file.is_file():
+                    raise ConfigError(f"teachers: {file} is missing; give an exported model folder")
+            net, theirs = ASRTask.build_model_from_file(*files, "cpu")
+            if list(theirs.token_list) != list(args.token_list):
+                raise ConfigError(
+                    f"teachers: {folder} has other tokens than --token_list; train it with these"
+                )
+            teachers.append(Recogniser(net).eval().requires_grad_(False))
+        return teachers
 
     @classmethod
     def _read_truth(cls, args: argparse.Namespace) -> dict[str, list[int]]:

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from espnet_pl.data.pairing import Pairing
+from espnet_pl.data.views import at_speed, draw
 from espnet_pl.parts.cache import PseudoLabelCache
-from espnet_pl.parts.pseudo_labels import label_statistics, propose, pseudo_loss
+from espnet_pl.parts.pseudo_labels import agree, label_statistics, propose, pseudo_loss
 
 
 class ConfigError(ValueError):
@@ -148,10 +149,35 @@ class Method(nn.Module):
         self.step += 1
 
 
+@dataclasses.dataclass(frozen=True)
+class PseudoLabellingConfig:
+    """Settings of every method that learns hard pseudo-labels; none of them is a paper's."""
+
+    weight: float = 1.0  # λ, of an unlabelled update
+    max_labels: int = 1000  # tokens; longer pseudo-labels are dropped
+    # Speeds of the weak views (data/views.py): each is labelled, their consensus is the label.
+    weak_speeds: tuple[float, ...] = (1.0,)
+    # Speeds of the strong view: the student hears a batch at one of them, drawn in each update.
+    strong_speeds: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if self.max_labels < 1:
+            raise ValueError("max_labels must be at least 1")
+        for name in ("weak_speeds", "strong_speeds"):
+            speeds = getattr(self, name)
+            if not speeds or not all(0.5 <= speed <= 2.0 for speed in speeds):
+                raise ValueError(f"{name} is {list(speeds)}: give speeds between 0.5 and 2")
+        PseudoLabelling.pairing(self)
+
+
 class PseudoLabelling(Method):
     """A method that learns hard pseudo-labels: who makes them, and when, is all that is left open.
 
-    The settings need ``weight`` and ``max_labels``, and the fields of ``Pairing`` they set.
+    Beside its own teacher there may be others (``resources``), which never change: models that
+    err differently correct each other (Kahn, Lee, Hannun, "Self-Training for End-to-End Speech
+    Recognition", arXiv:1909.09116, abstract: an ensemble of models makes the labels).
+
+    Its ``Config`` is a ``PseudoLabellingConfig`` with the fields of ``Pairing`` that it sets.
     """
 
     requires = frozenset({"frame_log_probs", "score"})
@@ -159,6 +185,7 @@ class PseudoLabelling(Method):
     def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
         super().__init__(config, student, resources)
         self.cache = PseudoLabelCache()
+        self.said = PseudoLabelCache()  # by the other teachers, per view
 
     @classmethod
     def pairing(cls, config: Any) -> Pairing:
@@ -175,18 +202,34 @@ class PseudoLabelling(Method):
         cached = self.pairing(self.config).capacity > 0
         terms = {} if cached else self.label(student, x)
         labels = [self.cache.get(i) for i in x.utt_id]
-        loss = pseudo_loss(student, x, labels, self.config.max_labels)
+        strong = at_speed(x, draw(self.config.strong_speeds))
+        loss = pseudo_loss(student, strong, labels, self.config.max_labels)
         age = sum(int(self.step) - self.cache.made_at(i) for i in x.utt_id) / len(x)
         terms |= diagnostics({**loss.dropped, "label_age": age}, len(x))
         return {"pseudo": Term(loss.loss, self.config.weight, loss.kept), **terms}
 
     def label(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
-        """Label x now, in the weak view, and keep the labels by utterance id."""
-        made = propose(self.proposer(student), x)
+        """Label x now: the consensus of all teachers in all weak views, kept by utterance id."""
+        views = [at_speed(x, speed) for speed in self.config.weak_speeds]
+        teacher = self.proposer(student)
+        made = agree([propose(teacher, view) for view in views], self._others(x, views))
         values = label_statistics(x, made, self.cache, self.resources.get("truth", {}))
         for utt_id, label in zip(x.utt_id, made.labels):
             self.cache.put(utt_id, label, int(self.step))
         return diagnostics(values, len(x))
+
+    def _others(self, x: Utterances, views: list[Utterances]) -> list[list[list[int]]]:
+        """The labels of the other teachers in each view; asked once, for they never change."""
+        said = []
+        for number, teacher in enumerate(self.resources.get("teachers", ())):
+            for speed, view in zip(self.config.weak_speeds, views):
+                keys = [f"{number} {speed} {utt_id}" for utt_id in x.utt_id]
+                if not all(key in self.said for key in keys):
+                    labels = propose(teacher.to(x.speech.device), view).labels
+                    for key, label in zip(keys, labels):
+                        self.said.put(key, label, int(self.step))
+                said.append([self.said.get(key) for key in keys])
+        return said
 
 
 def module_of(name: str) -> types.ModuleType:
@@ -232,7 +275,7 @@ def config_of(name: str, conf: Mapping[str, Any]) -> Any:
                 f"method_conf of {name}: {key} is {value!r}, it must be {_spell(hints[key])}"
             )
     try:
-        return config_class(**conf)
+        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in conf.items()})
     except ValueError as error:
         raise ConfigError(f"method_conf of {name}: {error}") from None
 
@@ -250,10 +293,12 @@ def build(
         conf: fields of its ``Config`` that are not at their default.
         student: what will be trained; answers ``Student``'s questions.
         resources: what comes from outside, by name: ``truth``, the held-back labels of
-            unlabelled utterances (for diagnostics only).
+            unlabelled utterances (for diagnostics only); ``teachers``, trained networks that
+            label beside the method's own teacher and never change (for pseudo-labelling).
 
     Raises:
-        ConfigError: unknown method or setting, or a student that cannot answer.
+        ConfigError: unknown method or setting, a student that cannot answer, or teachers for a
+            method that has no use for them.
     """
     config = config_of(name, conf)
     method_class = module_of(name).Method
@@ -263,6 +308,8 @@ def build(
             f"method {name} asks the student for {', '.join(lacking)}, which this architecture "
             "does not have; give it a CTC branch (model_conf: ctc_weight > 0) or use another method"
         )
+    if resources.get("teachers") and not issubclass(method_class, PseudoLabelling):
+        raise ConfigError(f"method {name} makes no pseudo-labels: it has no use for other teachers")
     return method_class(config, student, resources)
 
 
@@ -277,6 +324,8 @@ def _fits(value: Any, hint: Any) -> bool:
     options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return value in options
+    if typing.get_origin(hint) is tuple:  # of any length; a list in YAML
+        return isinstance(value, (list, tuple)) and all(_fits(v, options[0]) for v in value)
     if options:
         return any(_fits(value, option) for option in options)
     if hint is float:  # 1 is a float to whoever writes YAML, True is not
@@ -289,4 +338,6 @@ def _fits(value: Any, hint: Any) -> bool:
 def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_spell(typing.get_args(hint)[0])}"
     return " or ".join(getattr(h, "__name__", str(h)) for h in typing.get_args(hint) or (hint,))

@@ -18,19 +18,17 @@ from espnet_pl.parts.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(base.PseudoLabellingConfig):
     """Fields that are not set keep these values; none of them is a paper's."""
 
     labelled: int = 1  # N_L
     unlabelled: int = 1  # N_U
-    weight: float = 1.0  # λ
     round_steps: int = 1000  # updates of a round
-    max_labels: int = 1000  # tokens; longer pseudo-labels are dropped
 
     def __post_init__(self) -> None:
-        if min(self.round_steps, self.max_labels) < 1:
-            raise ValueError("round_steps and max_labels must be at least 1")
-        Method.pairing(self)
+        if self.round_steps < 1:
+            raise ValueError("round_steps must be at least 1")
+        super().__post_init__()
 
 
 class Method(base.PseudoLabelling):

@@ -19,22 +19,20 @@ from espnet_pl.parts.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(base.PseudoLabellingConfig):
     """Fields that are not set keep these values."""
 
     labelled: int = 1  # N_L
     unlabelled: int = 1  # N_U
-    weight: float = 1.0  # λ
     remaining: float = 0.5  # w, share of the starting weights left after ``horizon`` updates
     horizon: int = 1000  # K, updates
-    max_labels: int = 1000  # tokens; longer pseudo-labels are dropped
 
     def __post_init__(self) -> None:
         if not 0.0 < self.remaining < 1.0:
             raise ValueError(f"remaining is {self.remaining}, it must lie in (0, 1)")
-        if min(self.horizon, self.max_labels) < 1:
-            raise ValueError("horizon and max_labels must be at least 1")
-        Method.pairing(self)
+        if self.horizon < 1:
+            raise ValueError("horizon must be at least 1")
+        super().__post_init__()
 
 
 class Method(base.PseudoLabelling):

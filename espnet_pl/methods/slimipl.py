@@ -24,7 +24,7 @@ from espnet_pl.parts.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(base.PseudoLabellingConfig):
     """Fields that are not set keep these values; names of the released flags beside them."""
 
     labelled: int = 1  # N_L                                   slimIPL_sup_updates
@@ -35,18 +35,14 @@ class Config:
     teacher: Literal["live", "ema", "frozen"] = "live"  #      slimIPL_ema
     decay: float = 0.999  # of the moving average              slimIPL_ema_decay
     decay_warmup: float = 0.0  # w of parts/teacher.py, in updates; not in the paper
-    weight: float = 1.0  # of an unlabelled update; the paper's λ is the ratio N_U / N_L
     dropout: float | None = None  # before and during warm-up; None: as in the model's configuration
     dropout_after: float | None = None  # from the first pseudo-label on; 0.1
-    max_labels: int = 1000  # tokens; longer pseudo-labels are dropped
 
     def __post_init__(self) -> None:
-        if self.max_labels < 1:
-            raise ValueError("max_labels must be at least 1")
         for name in ("dropout", "dropout_after"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must lie in [0, 1)")
-        Method.pairing(self)
+        super().__post_init__()
 
 
 class Method(base.PseudoLabelling):

@@ -4,10 +4,21 @@ r"""From frame distributions to label sequences.
 
 The order matters: blanks dropped first would merge real double letters (l ∅ l → l).
 Source: best-path decoding, Graves et al., ICML 2006, section 3.2.
+
+Of several sequences H for the same speech the consensus is the one nearest to all of them,
+
+    ŷ = argmin_{h ∈ H} Σ_{g ∈ H} edits(h, g)
+
+Source: the set median string (Kohonen, Pattern Recognition Letters 3, 1985); it is the decision of
+    minimum Bayes risk (Goel and Byrne, Computer Speech and Language 14, 2000) if all of H are
+    equally probable.
 """
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 
@@ -23,6 +34,11 @@ def collapse(path: Int[Tensor, " t"], blank: int = 0) -> list[int]:
     """B(path): repeats merged, then blanks dropped."""
     merged = torch.unique_consecutive(path)
     return merged[merged != blank].tolist()
+
+
+def consensus(sequences: Sequence[list[int]]) -> list[int]:
+    """The sequence with the fewest edits to all the others; of equally near ones the first."""
+    return min(sequences, key=lambda h: sum(Levenshtein.distance(h, g) for g in sequences))
 
 
 def pad(

@@ -8,7 +8,7 @@ looping teacher), a label that no alignment of the student can produce.  They
 are dropped and counted, never clipped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from espnet_pl.losses.diagnostics import FrameStatistics, frame_statistics
 from espnet_pl.parts.cache import PseudoLabelCache
-from espnet_pl.parts.decoding import greedy
+from espnet_pl.parts.decoding import consensus, greedy
 from espnet_pl.parts.teacher import weak_view
 
 
@@ -34,6 +34,23 @@ def propose(teacher: nn.Module, x: Any) -> Labels:
         log_p, frames = teacher.frame_log_probs(x)
     return Labels(
         greedy(log_p, frames, teacher.blank), frame_statistics(log_p, frames, teacher.blank)
+    )
+
+
+def agree(views: Sequence[Labels], others: Sequence[list[list[int]]] = ()) -> Labels:
+    """The consensus, utterance by utterance.
+
+    Args:
+        views: a teacher's labels in each view; the statistics are their mean.
+        others: labels of the same utterances by other teachers.
+    """
+    if len(views) == 1 and not others:
+        return views[0]
+    several = zip(*(view.labels for view in views), *others)
+    statistics = zip(*(view.statistics for view in views))
+    return Labels(
+        [consensus(labels) for labels in several],
+        FrameStatistics(*(torch.stack(values).mean() for values in statistics)),
     )
 
 

@@ -87,6 +87,7 @@ class RunOptions:
         unlabelled: another unlabelled set than the recipe's.
         token_type: another token type than the recipe's.  A run that starts from one with another
             token type than its own takes over the encoder only.
+        teachers: runs whose exported models label beside the method's own teacher.
         export: which network users get, ``student`` or ``teacher`` (default: the method's choice).
     """
 
@@ -94,6 +95,7 @@ class RunOptions:
     labelled: str | None = None
     unlabelled: str | None = None
     token_type: str | None = None
+    teachers: list[str] = dataclasses.field(default_factory=list)
     export: str | None = None
 
     def __post_init__(self):
@@ -150,21 +152,27 @@ def load_runs() -> dict[str, Run]:
     for run in runs.values():
         if run.options.init is not None and run.options.init not in runs:
             raise RecipeError(f"{run.conf}, recipe: init: {did_you_mean(run.options.init, runs)}")
+        for name in run.options.teachers:
+            if name not in runs:
+                raise RecipeError(f"{run.conf}, recipe: teachers: {did_you_mean(name, runs)}")
+            if runs[name].options.token_type != run.options.token_type:
+                raise RecipeError(f"{run.conf}, recipe: teachers: {name} has another token type")
         if run.options.export not in (None, "student", "teacher"):
             raise RecipeError(f"{run.conf}, recipe: export: must be student or teacher")
     return runs
 
 
 def with_inits(names: Iterable[str], runs: Mapping[str, Run]) -> list[str]:
-    """The runs and all runs they start from, each after the one it starts from."""
+    """The runs and all runs they start from or are taught by, each after those."""
     ordered: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
-            raise RecipeError(f"runs that start from each other: {' <- '.join((*path, name))}")
+            raise RecipeError(f"runs that need each other: {' <- '.join((*path, name))}")
         if name not in ordered:
-            if runs[name].options.init:
-                visit(runs[name].options.init, (*path, name))
+            options = runs[name].options
+            for other in filter(None, [options.init, *options.teachers]):
+                visit(other, (*path, name))
             ordered.append(name)
 
     for name in names:

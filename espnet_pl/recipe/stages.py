@@ -136,6 +136,9 @@ def train(plan: Plan) -> Iterator[Job]:
                 same = plan.token_type(run.options.init) == plan.token_type(name)
                 argv += ["--init_param", str(start) if same else f"{start}:encoder:encoder"]
                 inputs.append(start)
+            for teacher in run.options.teachers:
+                argv += ["--teachers", str(plan.dir(teacher, seed) / "model")]
+                inputs += _model(plan.dir(teacher, seed))
             job = Job(
                 f"train {name} seed {seed}", (*argv, "--resume", "true"), folder / "train.log",
                 gpus=plan.ngpu, inputs=tuple(inputs), outputs=(folder / "config.yaml",),

@@ -10,6 +10,7 @@ from espnet2.tasks.asr import ASRTask
 from espnet_pl.bridge.export import export
 from espnet_pl.bridge.train import ConfigError, load_config, main, needs_unlabelled
 from espnet_pl.methods.base import methods
+from espnet_pl.parts.cache import PseudoLabelCache
 from test.bridge.conftest import DECODER
 
 SMALL = {"capacity": 2, "unlabelled": 2, "replace": 0.5}
@@ -28,7 +29,8 @@ def same(a, b):
 
 
 def conf_of(method):
-    return SMALL if method == "slimipl" else {}
+    views = {"weak_speeds": [1.0, 0.9], "strong_speeds": [0.9, 1.0, 1.1]}
+    return {"slimipl": SMALL | views, "mpl": views}.get(method, {})
 
 
 @pytest.mark.parametrize("method", methods())
@@ -133,6 +135,37 @@ def test_a_seed_is_what_the_teacher_starts_from(arguments, tmp_path):
     state = weights(tmp_path / "pl/checkpoint.pth")["optimizers"][0]["method"]
     for name, value in weights(seed).items():
         assert torch.equal(state[f"teacher._average.module.net.{name}"], value), name
+
+
+def test_other_teachers_label_too(arguments, tmp_path):
+    main(arguments("supervised", "seed", max_epoch=1))
+    export(tmp_path / "seed", tmp_path / "seed/model")
+    path = tmp_path / "seed/model/model.pth"
+    talkative = weights(path)
+    talkative["ctc.ctc_lo.bias"][3] += 100  # says B, and nothing else
+    torch.save(talkative, path)
+    argv = arguments("mpl", method_conf={"labelled": 0}, max_epoch=1)
+    main([*argv, *["--teachers", str(path.parent)] * 2])  # two are a majority
+    cache = PseudoLabelCache()
+    state = weights(tmp_path / "exp/checkpoint.pth")["optimizers"][0]["method"]
+    cache.set_extra_state(state["cache._extra_state"])
+    assert len(cache) == 10 and all(cache.get(f"unlabelled{i:02d}") == [3] for i in range(10))
+    export(tmp_path / "exp", tmp_path / "exp/model")
+    assert "teachers" not in yaml.safe_load((tmp_path / "exp/model/config.yaml").read_text())
+
+
+def test_other_teachers_that_do_not_fit(arguments, tmp_path):
+    main(arguments("supervised", "seed", max_epoch=1))
+    model = tmp_path / "seed/model"
+    with pytest.raises(ConfigError, match="model/config.yaml is missing"):
+        main([*arguments("mpl"), "--teachers", str(model)])
+    export(tmp_path / "seed", model)
+    with pytest.raises(ConfigError, match="supervised makes no pseudo-labels"):
+        main([*arguments("supervised"), "--teachers", str(model)])
+    other = tmp_path / "other.txt"
+    other.write_text("<blank>\n<unk>\nA\nC\nB\n<sos/eos>\n")
+    with pytest.raises(ConfigError, match="seed/model has other tokens"):
+        main([*arguments("mpl"), "--teachers", str(model), "--token_list", str(other)])
 
 
 def test_parts_of_a_seed_can_be_loaded_as_in_stock_espnet(arguments, tmp_path):

@@ -422,29 +422,36 @@ def test_an4_checked_download_of_wav_files_gives_the_same_corpus(make, tmp_path)
 
 
 @needs_speech
-def test_an4_splits_are_those_documented(make):
+def test_an4_splits_are_those_documented(make, tmp_path):
     folder = make("an4")
-    oracle = {u.id: u.text for u in read(folder, "train_oracle")}
 
-    def size(name):
+    def size(name, folder=folder):
+        oracle = {u.id: u.text for u in read(folder, "train_oracle")}
         utterances = read(folder, name)
         words = sum(len((u.text or oracle[u.id]).split()) for u in utterances)
         seconds = sum(soundfile.info(folder / u.wav).duration for u in utterances)
         return len({u.speaker for u in utterances}), len(utterances), round(seconds / 60, 1), words
 
-    assert size("train_labelled") == (14, 178, 7.7, 992)
-    assert size("train_labelled_small") == (7, 87, 3.5, 457)
-    assert size("train_unlabelled") == (40, 513, 23.9, 3018)
+    assert size("train_labelled") == (7, 87, 3.5, 457)
+    assert size("train_unlabelled") == (47, 604, 28.1, 3553)
     assert size("dev") == (10, 130, 5.6, 708)
     assert size("test") == (10, 130, 6.0, 773)
     assert size("test_ext") == (10, 127, 5.3, 724)
-    assert speakers(folder, "train_labelled_small") < speakers(folder, "train_labelled")
     real = read(folder, "train_labelled") + read(folder, "train_labelled_speed")
     assert read(folder, "train_labelled_real") == sorted(real)
     plus = real + read(folder, "train_labelled_generated")
     assert read(folder, "train_labelled_plus") == sorted(plus)
     unlabelled = read(folder, "train_unlabelled") + read(folder, "train_unlabelled_speed")
     assert read(folder, "train_unlabelled_real") == sorted(unlabelled)
+
+    more = copy_recipe("an4", tmp_path / "recipe")
+    status, _, err = data_sh(more, f"{SMALL['an4']} --labelled_speakers 14")
+    assert status == 0, err
+    assert size("train_labelled", more) == (14, 178, 7.7, 992)
+    assert size("train_unlabelled", more) == (40, 513, 23.9, 3018)
+    assert speakers(folder, "train_labelled") < speakers(more, "train_labelled")
+    for name in ("dev", "test", "test_ext"):
+        assert speakers(folder, name) == speakers(more, name)
 
 
 @needs_speech

@@ -2,7 +2,7 @@
 
 import torch
 
-from espnet_pl.parts.decoding import collapse, greedy, pad
+from espnet_pl.parts.decoding import collapse, consensus, greedy, pad
 
 
 def frames_of(path, vocabulary=4):
@@ -32,3 +32,22 @@ def test_pad_is_undone_by_its_lengths():
 def test_pad_of_nothing_but_silence():
     padded, lengths = pad([[], []])
     assert padded.shape == (2, 0) and lengths.tolist() == [0, 0]
+
+
+def test_the_consensus_is_the_sequence_nearest_to_all():
+    assert consensus([[1, 2, 3], [1, 2], [1, 2, 3, 4], [1, 2, 3]]) == [1, 2, 3]
+    assert consensus([[9, 9, 9], [1, 2], [1, 2, 3]]) == [
+        1,
+        2,
+    ]  # as near as the third, and before it
+    assert consensus([[], [1], [1]]) == [1]
+
+
+def test_the_consensus_of_two_is_the_first():
+    assert consensus([[1], [2]]) == [1] and consensus([[], [2]]) == []
+
+
+def test_an_outlier_does_not_drag_the_consensus_along():
+    agreed = [[1, 2, 3]] * 3
+    assert consensus([*agreed, [4] * 50]) == [1, 2, 3]
+    assert consensus([[4] * 50, *agreed]) == [1, 2, 3]

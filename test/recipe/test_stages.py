@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from espnet_pl.recipe import check, stages
+from espnet_pl.recipe.config import RecipeError
 from test.recipe.toy import BAD, call, plan, tree
 
 pytestmark = pytest.mark.usefixtures("recipe")
@@ -96,6 +97,32 @@ def test_a_run_with_other_tokens_hands_over_its_encoder_only():
     packed = {job.name: job.shell() for job in stages.pack_model(plan(("slimipl", "supervised")))}
     assert "bpe.model" in packed["pack supervised seed 1"]
     assert "bpe.model" not in packed["pack slimipl seed 1"]
+
+
+def test_a_run_waits_for_its_teachers_and_gets_their_models():
+    Path("conf/slimipl.yaml").write_text(
+        "method: slimipl\nrecipe: {init: supervised, teachers: [continued]}\n"
+    )
+    names = [job.name for job in stages.train(plan(("slimipl",), seeds=(3,)))]
+    assert names.index("export continued seed 3") < names.index("train slimipl seed 3")
+    job = next(j for j in stages.train(plan(("slimipl",), seeds=(3,))) if "slimipl" in j.name)
+    assert "--teachers exp/seed3/continued/model" in job.shell()
+    assert Path("exp/seed3/continued/model/model.pth") in job.inputs
+
+
+@pytest.mark.parametrize(
+    "teachers, message",
+    [
+        ("[suprevised]", "did you mean 'supervised'"),
+        ("[slimipl]", "need each other: slimipl <- slimipl"),
+        ("[chars]", "chars has another token type"),
+    ],
+)
+def test_teachers_that_cannot_be(teachers, message):
+    Path("conf/chars.yaml").write_text("method: supervised\nrecipe: {token_type: char}\n")
+    Path("conf/slimipl.yaml").write_text(f"method: slimipl\nrecipe: {{teachers: {teachers}}}\n")
+    with pytest.raises(RecipeError, match=message):
+        list(stages.train(plan(("slimipl",))))
 
 
 # --- whole calls ---------------------------------------------------------------------------------

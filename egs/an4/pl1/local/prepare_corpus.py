@@ -1,7 +1,7 @@
 """Lays AN4 out as labelled, unlabelled, dev and test sets, and generates more labelled speech.
 
-``splits.tsv`` says which speaker belongs to which set; nobody is in two, but for
-``train_labelled_small``, a part of ``train_labelled``.  ``test`` is AN4's own test set.
+``splits.tsv`` says which speaker belongs to which set; ``test`` is AN4's own test set.  Those of
+``train_labelled_more`` join the unlabelled speakers, or the labelled ones if 14 are asked for.
 
 ``train_labelled_speed`` and ``train_unlabelled_speed`` are the same played slower and faster.
 ``train_labelled_generated`` has AN4's grammar in voices of eSpeak NG, close to the microphone.
@@ -40,6 +40,7 @@ SPLITS = Path(__file__).with_name("splits.tsv")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--labelled_speakers", type=int, choices=(7, 14), default=7)
     parser.add_argument("--generated_minutes", type=float, default=40)
     parser.add_argument("--generated_speakers", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
@@ -56,6 +57,8 @@ def main() -> None:
     for line in SPLITS.read_text().splitlines()[1:]:
         speaker, name = line.split("\t")
         splits.setdefault(name, set()).add(speaker)
+    joined = "train_labelled" if args.labelled_speakers == 14 else "train_unlabelled"
+    splits[joined] |= splits.pop("train_labelled_more")
     if stamp.is_current(data / name for name in [*splits, *DERIVED]):
         print("an4: data/ is up to date")
         return

@@ -1,0 +1,162 @@
+"""methods/base.PseudoLabelling: the views in which speech is labelled and learnt."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from espnet_pl.data.views import at_speed
+from espnet_pl.methods.base import Batch, ConfigError, Utterances, build, config_of
+from espnet_pl.parts.decoding import consensus
+from espnet_pl.parts.pseudo_labels import agree, propose
+from test.toys import VOCABULARY, ToyStudent
+
+METHODS = ("slimipl", "mpl", "iterative")
+SPEEDS = [1.0, 0.8, 1.25]
+
+
+class Listener(ToyStudent):
+    """The toy for waveforms: a frame is as many samples as there are tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []  # (training mode, samples) of each encoding
+
+    def frame_log_probs(self, x):
+        self.heard.append((self.training, x.speech.shape[1]))
+        frames = x.speech.unfold(1, VOCABULARY, VOCABULARY)
+        lengths = (x.speech_lengths // VOCABULARY).clamp(max=frames.shape[1])
+        return super().frame_log_probs(
+            dataclasses.replace(x, speech=frames, speech_lengths=lengths)
+        )
+
+
+def waveforms(n=3, samples=200):
+    torch.manual_seed(7)
+    lengths = torch.tensor([samples - 30 * i for i in range(n)])
+    return Utterances([f"u{i}" for i in range(n)], torch.randn(n, samples), lengths)
+
+
+def listener():
+    torch.manual_seed(3)
+    student = Listener()
+    with torch.no_grad():
+        student.out.weight.mul_(4)  # opinions
+    return student.train()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_label_is_the_consensus_of_the_weak_views(name):
+    student, x = listener(), waveforms()
+    method = build(name, {"unlabelled": 1, "weak_speeds": SPEEDS}, student)
+    method.start(student)
+    method.label(student, x)
+    views = [propose(student, at_speed(x, speed)).labels for speed in SPEEDS]
+    assert views[0] != views[1] or views[0] != views[2]
+    for i, utt_id in enumerate(x.utt_id):
+        assert method.cache.get(utt_id) == consensus([view[i] for view in views])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_student_hears_every_strong_view_and_the_teacher_every_weak_one(name):
+    conf = {"unlabelled": 1, "weak_speeds": [1.0, 0.5], "strong_speeds": [0.8, 1.0, 1.25]}
+    if name == "slimipl":
+        conf["capacity"] = 0
+    student, x = listener(), waveforms()
+    method = build(name, conf, student)
+    teacher = method.teacher.network if method.teacher else student
+    method(student, Batch(unlabelled=x))
+    strong = set()
+    for _ in range(40):
+        student.heard.clear()
+        teacher.heard.clear()
+        method(student, Batch(unlabelled=x))
+        weak = [samples for training, samples in teacher.heard if not training]
+        assert weak == [200, 400]
+        strong |= {samples for training, samples in student.heard if training}
+    assert strong == {250, 200, 160}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_other_teachers_have_their_say_and_never_change(name):
+    student, x = listener(), waveforms()
+    others = [speaker(1), speaker(2)]
+    before = [p.clone() for other in others for p in other.parameters()]
+    method = build(name, {"unlabelled": 1}, student, {"teachers": others})
+    method.start(student)
+    method.label(student, x)
+    said = [propose(who, x).labels for who in (student, *others)]
+    assert said[0] != said[1] == said[2]  # the method's own teacher is outvoted
+    assert [method.cache.get(i) for i in x.utt_id] == said[1]
+    method(student, Batch(unlabelled=x))["pseudo"].value.backward()
+    method.after_step(student)
+    after = [p for other in others for p in other.parameters()]
+    assert all(p.grad is None for p in after)
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    for other in others:
+        other.heard.clear()
+    method.label(student, x)
+    assert not any(other.heard for other in others)  # known already
+    again = build(name, {"unlabelled": 1}, listener(), {"teachers": others})
+    again.load_state_dict(method.state_dict())
+    again.label(student, x)
+    assert not any(other.heard for other in others)  # and after a restart
+    assert [again.cache.get(i) for i in x.utt_id] == said[1]
+
+
+def speaker(seed):
+    """One that always says token 1, whatever its weights."""
+    torch.manual_seed(seed)
+    other = Listener()
+    with torch.no_grad():
+        other.out.bias[1] = 100
+    return other.requires_grad_(False)
+
+
+def test_other_teachers_of_a_method_without_labels_are_refused():
+    with pytest.raises(ConfigError, match="supervised makes no pseudo-labels"):
+        build("supervised", {}, listener(), {"teachers": [speaker(1)]})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_without_speeds_nothing_is_changed(name):
+    student, x = listener(), waveforms()
+    method = build(name, {"unlabelled": 1}, student)
+    method.start(student)
+    method.label(student, x)
+    assert [method.cache.get(i) for i in x.utt_id] == propose(student, x).labels
+    method.unlabelled(student, x)
+    assert {samples for _, samples in student.heard} == {200}
+
+
+def test_statistics_of_several_views_are_averaged():
+    student, x = listener(), waveforms()
+    views = [propose(student, at_speed(x, speed)) for speed in SPEEDS]
+    for i, mean in enumerate(agree(views).statistics):
+        assert mean == pytest.approx(sum(v.statistics[i].item() for v in views) / 3)
+    assert agree(views[:1]) is views[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(weak_speeds=[]),
+        dict(strong_speeds=[]),
+        dict(weak_speeds=[1.0, 0.0]),
+        dict(strong_speeds=[3.0]),
+        dict(strong_speeds=1.0),
+        dict(weak_speeds=["fast"]),
+        dict(max_labels=0),
+    ],
+)
+def test_bad_settings_are_refused_by_name(name, bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        config_of(name, bad)
+
+
+def test_settings_of_the_same_numbers_are_the_same():
+    assert config_of("mpl", {"weak_speeds": [1, 0.9]}) == config_of(
+        "mpl", {"weak_speeds": (1, 0.9)}
+    )
+    hash(config_of("mpl", {"weak_speeds": [1, 0.9]}))
