@@ -177,6 +177,36 @@ FAULTS = {
         "pass",
         f"{BRIDGE}/test_train.py -k frozen",
     ),
+    "slow and fast are exchanged": Fault(
+        "espnet_pl/data/views.py",
+        "resample(x.speech, ratio.numerator, ratio.denominator)",
+        "resample(x.speech, ratio.denominator, ratio.numerator)",
+        "test/data/test_views.py",
+    ),
+    "only the first weak view is labelled": Fault(
+        "espnet_pl/methods/base.py",
+        "[propose(teacher, view) for view in views]",
+        "[propose(teacher, view) for view in views[:1]]",
+        METHODS,
+    ),
+    "the student hears the weak view": Fault(
+        "espnet_pl/methods/base.py",
+        "strong = at_speed(x, draw(self.config.strong_speeds))",
+        "strong = x",
+        METHODS,
+    ),
+    "other teachers are not asked": Fault(
+        "espnet_pl/methods/base.py", "self._others(x, views))", "())", METHODS
+    ),
+    "other teachers are given but not loaded": Fault(
+        "espnet_pl/bridge/task.py",
+        "[] if args.collect_stats else args.teachers",
+        "[]",
+        f"{BRIDGE}/test_train.py -k teachers",
+    ),
+    "the consensus is the sequence farthest from all": Fault(
+        "espnet_pl/parts/decoding.py", "min(sequences, key", "max(sequences, key", PARTS
+    ),
 }
 
 

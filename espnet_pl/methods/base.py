@@ -173,9 +173,10 @@ class PseudoLabellingConfig:
 class PseudoLabelling(Method):
     """A method that learns hard pseudo-labels: who makes them, and when, is all that is left open.
 
-    Beside its own teacher there may be others (``resources``), which never change: models that
-    err differently correct each other (Kahn, Lee, Hannun, "Self-Training for End-to-End Speech
-    Recognition", arXiv:1909.09116, abstract: an ensemble of models makes the labels).
+    Beside its own teacher there may be others (``resources``), which never change: where models
+    err differently, most of them are right.  Source: ensembles of teachers are in Kahn, Lee,
+    Hannun, "Self-Training for End-to-End Speech Recognition", arXiv:1909.09116, for the diversity
+    of their labels (abstract); taking their consensus is our choice.
 
     Its ``Config`` is a ``PseudoLabellingConfig`` with the fields of ``Pairing`` that it sets.
     """
