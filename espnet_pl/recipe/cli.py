@@ -137,8 +137,10 @@ def _describe(argv: Sequence[str]) -> str:
         lines += ["", "runs (conf/<run>.yaml):"]
         for name, run in runs.items():
             start = f", starts from {run.options.init}" if run.options.init else ""
+            others = ", ".join(run.options.teachers)
+            taught = f", taught by {others} too" if others else ""
             usual = " (default)" if name in recipe.default else ""
-            lines.append(f"  {name:<24} method {run.method}{start}{usual}")
+            lines.append(f"  {name:<24} method {run.method}{start}{taught}{usual}")
     except RecipeError as error:
         lines += ["", f"runs: {error}"]
     return "\n".join(lines)
