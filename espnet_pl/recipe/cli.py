@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
 def _main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     args = _parse(argv)
-    recipe, runs = config.load_recipe(), config.load_runs()
+    recipe = config.load_recipe()
+    runs = config.load_runs(recipe)
     chosen = _chosen(args.method, recipe, runs)
     numbers = _numbers(args)
     seeds = _seeds(args.seed) if args.seed else recipe.seeds
@@ -133,7 +134,8 @@ def _describe(argv: Sequence[str]) -> str:
     for number, stage in enumerate(stages.STAGES, 1):
         lines.append(f"  {number} {stage.__name__:<16} {stage.__doc__.splitlines()[0]}")
     try:
-        recipe, runs = config.load_recipe(), config.load_runs()
+        recipe = config.load_recipe()
+        runs = config.load_runs(recipe)
         lines += ["", "runs (conf/<run>.yaml):"]
         for name, run in runs.items():
             start = f", starts from {run.options.init}" if run.options.init else ""

@@ -82,25 +82,24 @@ class RunOptions:
     """The ``recipe:`` mapping of ``conf/<run>.yaml``, read by the driver only.
 
     Args:
+        labelled: the labelled set (default: the recipe's).
+        unlabelled: the unlabelled set (default: the recipe's, if there is one).
+        token_type: ``word``, ``char`` or ``bpe`` (default: the recipe's).  A run that starts from
+            one with another token type takes over the encoder only.
         init: the run whose exported model this one starts from.
-        labelled: another labelled set than the recipe's.
-        unlabelled: another unlabelled set than the recipe's.
-        token_type: another token type than the recipe's.  A run that starts from one with another
-            token type than its own takes over the encoder only.
         teachers: runs whose exported models label beside the method's own teacher.
         export: which network users get, ``student`` or ``teacher`` (default: the method's choice).
     """
 
+    labelled: str
+    unlabelled: str | None
+    token_type: str
     init: str | None = None
-    labelled: str | None = None
-    unlabelled: str | None = None
-    token_type: str | None = None
     teachers: list[str] = dataclasses.field(default_factory=list)
     export: str | None = None
 
     def __post_init__(self):
-        if self.token_type is not None:
-            _check_token_type(self.token_type)
+        _check_token_type(self.token_type)
 
 
 @dataclass(frozen=True)
@@ -139,13 +138,17 @@ def load_recipe(path: Path = Path("recipe.yaml")) -> Recipe:
     return _typed(Recipe, _mapping(path), str(path))
 
 
-def load_runs() -> dict[str, Run]:
-    """Every ``conf/*.yaml`` with a ``method:``."""
+def load_runs(recipe: Recipe) -> dict[str, Run]:
+    """Every ``conf/*.yaml`` with a ``method:``; what it leaves open is as in the recipe."""
     runs, normalize = {}, _mapping(ASR).get("normalize") if ASR.exists() else None
+    usual = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
     for path in sorted(Path("conf").glob("*.yaml")):
         conf = _mapping(path)
         if "method" in conf:
-            options = _typed(RunOptions, conf.get("recipe") or {}, f"{path}, recipe:")
+            own = conf.get("recipe") or {}
+            if not isinstance(own, dict):
+                raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
+            options = _typed(RunOptions, {**usual, **own}, f"{path}, recipe:")
             runs[path.stem] = Run(
                 path.stem, str(conf["method"]), options, conf.get("normalize", normalize)
             )

@@ -233,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("RESULTS.md"))
     args = parser.parse_args(argv)
     try:
-        recipe, runs = config.load_recipe(), config.load_runs()
+        recipe = config.load_recipe()
+        runs = config.load_runs(recipe)
         if args.run:
             words = [word.rpartition(":") for word in args.run]
             pairs = [(run, int(seed)) for run, _, seed in words]

@@ -39,14 +39,6 @@ class Plan:
         """The chosen runs with every seed."""
         return ((run, seed) for seed in self.seeds for run in self.chosen)
 
-    def labelled(self, run: str) -> str:
-        """The labelled set of a run."""
-        return self.runs[run].options.labelled or self.recipe.labelled
-
-    def token_type(self, run: str) -> str:
-        """The token type of a run."""
-        return self.runs[run].options.token_type or self.recipe.token_type
-
 
 def create_dataset(plan: Plan) -> Iterator[Job]:
     """Write data/<set> with the corpus's own local/data.sh, and check every recording."""
@@ -82,7 +74,8 @@ def train_tokenizer(plan: Plan) -> Iterator[Job]:
     recipe = plan.recipe
     texts = tuple(Path(f"data/{name}/text") for name in recipe.tokens_from)
     names = config.with_inits(plan.chosen, plan.runs)
-    for kind in _unique(recipe.token_type, *map(plan.token_type, names)):
+    kinds = (plan.runs[name].options.token_type for name in names)
+    for kind in _unique(recipe.token_type, *kinds):
         folder = recipe.tokens(kind)
         size = str(recipe.nbpe) if kind == "bpe" else "0"
         argv = ["python3", "-m", "espnet_pl.recipe.tokens", kind, size, str(folder)]
@@ -112,8 +105,8 @@ def train(plan: Plan) -> Iterator[Job]:
     recipe = plan.recipe
     for seed in plan.seeds:
         for name in config.with_inits(plan.chosen, plan.runs):
-            run, folder = plan.runs[name], plan.dir(name, seed)
-            argv, inputs = _training(plan, plan.labelled(name), plan.token_type(name))
+            run, options, folder = plan.runs[name], plan.runs[name].options, plan.dir(name, seed)
+            argv, inputs = _training(plan, options.labelled, options.token_type)
             argv += ["--config", str(config.ASR), "--config", str(run.conf)]
             argv += ["--seed", str(seed), "--ngpu", str(plan.ngpu), "--output_dir", str(folder)]
             inputs += [config.ASR, run.conf]
@@ -121,7 +114,7 @@ def train(plan: Plan) -> Iterator[Job]:
                 argv += ["--normalize_conf", f"stats_file={_stats(plan)}"]
                 inputs.append(_stats(plan))
             if plan.unlabelled.get(name):
-                other = run.options.unlabelled or recipe.unlabelled
+                other = options.unlabelled
                 if not other:
                     raise RecipeError(f"recipe.yaml: {name} needs a set 'unlabelled'")
                 wav, shape = Path(f"data/{other}/wav.scp"), Path(f"data/{other}/speech_shape")
@@ -131,12 +124,12 @@ def train(plan: Plan) -> Iterator[Job]:
                 if recipe.truth and other == recipe.unlabelled:
                     argv += ["--truth", f"data/{recipe.truth}/text"]
                     inputs.append(Path(f"data/{recipe.truth}/text"))
-            if run.options.init:
-                start = plan.dir(run.options.init, seed) / "model" / "model.pth"
-                same = plan.token_type(run.options.init) == plan.token_type(name)
+            if options.init:
+                start = plan.dir(options.init, seed) / "model" / "model.pth"
+                same = plan.runs[options.init].options.token_type == options.token_type
                 argv += ["--init_param", str(start) if same else f"{start}:encoder:encoder"]
                 inputs.append(start)
-            for teacher in run.options.teachers:
+            for teacher in options.teachers:
                 argv += ["--teachers", str(plan.dir(teacher, seed) / "model")]
                 inputs += _model(plan.dir(teacher, seed))
             job = Job(
@@ -145,7 +138,7 @@ def train(plan: Plan) -> Iterator[Job]:
                 resumes=folder / "checkpoint.pth",
             )  # fmt: skip
             yield job
-            source = ["--source", run.options.export] if run.options.export else []
+            source = ["--source", options.export] if options.export else []
             argv = ["python3", "-m", "espnet_pl.bridge.export", "--exp", str(folder)]
             yield Job(
                 f"export {name} seed {seed}",
@@ -255,7 +248,7 @@ def pack_model(plan: Plan) -> Iterator[Job]:
         folder, options = plan.dir(name, seed), []
         if plan.runs[name].normalize == "global_mvn":
             options.append(folder / "model" / "feats_stats.npz")
-        if plan.token_type(name) == "bpe":
+        if plan.runs[name].options.token_type == "bpe":
             options.append(folder / "model" / "bpe.model")
         conf, weights = _model(folder)
         target = folder / f"{corpus}_{name}.zip"

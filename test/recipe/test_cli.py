@@ -94,6 +94,7 @@ def test_help_is_quick_and_complete():
         ("conf/a.yaml", "method: x\nrecipe: {inti: supervised}\n", "did you mean 'init'?"),
         ("conf/a.yaml", "method: x\nrecipe: {init: supervisd}\n", "did you mean 'supervised'?"),
         ("conf/a.yaml", "method: x\nrecipe: {export: both}\n", "must be student or teacher"),
+        ("conf/a.yaml", "method: x\nrecipe: [init]\n", "a.yaml, recipe: expected 'name: value'"),
         ("conf/supervised.yaml", "method: x\nrecipe: {init: slimipl}\n", "slimipl <- supervised"),
     ],
 )  # fmt: skip

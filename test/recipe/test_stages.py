@@ -110,6 +110,13 @@ def test_a_run_waits_for_its_teachers_and_gets_their_models():
     assert Path("exp/seed3/continued/model/model.pth") in job.inputs
 
 
+def test_a_teacher_may_name_the_token_type_of_the_recipe():
+    Path("conf/continued.yaml").write_text("method: supervised\nrecipe: {token_type: word}\n")
+    Path("conf/slimipl.yaml").write_text("method: slimipl\nrecipe: {teachers: [continued]}\n")
+    jobs = {job.name: job.shell() for job in stages.train(plan(("slimipl",)))}
+    assert "--teachers exp/continued/model" in jobs["train slimipl seed 1"]
+
+
 @pytest.mark.parametrize(
     "teachers, message",
     [

@@ -47,9 +47,10 @@ def call(*words):
 
 
 def plan(chosen=("slimipl",), seeds=(1,), **more):
-    runs = config.load_runs()
+    recipe = config.load_recipe()
+    runs = config.load_runs(recipe)
     return stages.Plan(
-        config.load_recipe(),
+        recipe,
         runs,
         chosen,
         seeds,
