@@ -246,9 +246,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not found:
             raise SystemExit(f"no hypotheses in {args.expdir}/<run>/infer")
         result = measure(recipe, found) | {"expdir": str(args.expdir)}
+        seeds = sorted({seed for folders in found.values() for seed in folders})
+        result["before"] = {}
+        for run in config.with_inits([run for run in found if run in runs], runs):
+            folders = {seed: config.run_dir(run, seed, args.expdir) for seed in seeds}
+            made = {s: path for s, path in folders.items() if (path / "train.job.json").exists()}
+            if made and run not in found:
+                result["before"][run] = _training(run, made)
     except (config.RecipeError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    inits = {run: runs[run].options.init if run in runs else None for run in found}
+    trained = [*result["before"], *found]
+    inits = {run: runs[run].options.init if run in runs else None for run in trained}
     text = report.markdown(result, inits, recipe)
     report.replace(args.output, text)
     report.replace(args.expdir / "results.json", json.dumps(result, indent=1) + "\n")

@@ -80,9 +80,10 @@ def _against(result: Mapping, recipe: config.Recipe) -> list[str]:
 
 
 def _costs(result: Mapping, inits: Mapping[str, str | None]) -> list[str]:
-    rows = []
-    for run, costs in result["runs"].items():
+    rows, total = [], [0.0, 0.0]
+    for run, costs in _trained(result).items():
         wall, cpu, updates = (_known(costs, key) for key in ("wall_s", "cpu_s", "updates"))
+        total = [sum(wall, total[0]), sum(cpu, total[1])]
         gpus = max(_known(costs, "gpus"), default=0)
         rows.append([
             run, inits.get(run) or "random", ", ".join(map(str, costs)),
@@ -90,7 +91,10 @@ def _costs(result: Mapping, inits: Mapping[str, str | None]) -> list[str]:
             duration(mean(wall)) if wall else "?", duration(mean(cpu)) if cpu else "?", gpus,
         ])  # fmt: skip
     head = ["run", "starts from", "seeds", "updates", "wall time", "CPU time", "GPUs"]
-    note = "\nOne training, mean over seeds, without the run it starts from."
+    note = (
+        "\nOne training, mean over seeds, without the run it starts from. All trainings together: "
+        f"{duration(total[0])} of wall time, {duration(total[1])} of CPU time."
+    )
     return ["\n## Training\n", *_table(head, rows), note]
 
 
@@ -115,17 +119,17 @@ def _details(result: Mapping, unit: str, title: str) -> Iterable[str]:
 
 
 def _origin(result: Mapping) -> list[str]:
-    runs = result["runs"]
+    runs, trained = result["runs"], _trained(result)
     seeds = sorted({seed for costs in runs.values() for seed in costs})
     listed = ",".join(map(str, seeds))
     lines = ["\n## Commands\n", "```", f"./run.sh --method {','.join(runs)} --seed {listed}"]
     lines[-1] += f" --expdir {result['expdir']}" if result["expdir"] != "exp" else ""
-    for run, costs in runs.items():
+    for run, costs in trained.items():
         shell = next(iter(costs.values()))["shell"]
         lines += [f"\n# {run}, training", shell] if shell else []
     lines += ["```", "\n## Made with\n"]
     made: dict[str, list[str]] = {}
-    for run, costs in runs.items():
+    for run, costs in trained.items():
         for seed, cost in costs.items():
             about = cost["environment"] or {"environment": "not recorded"}
             text = "\n".join(f"- {key}: {value}" for key, value in about.items())
@@ -134,6 +138,11 @@ def _origin(result: Mapping) -> list[str]:
         lines += [f"{', '.join(names) if len(made) > 1 else 'All runs'}:\n", text, ""]
     lines.append(f"Measured on {time.strftime('%Y-%m-%d')} at commit {markers.commit()}.")
     return lines
+
+
+def _trained(result: Mapping) -> dict:
+    """What was trained: runs that others start from or are taught by, then those scored."""
+    return {**result["before"], **result["runs"]}
 
 
 def _known(costs: Mapping, key: str) -> list[float]:

@@ -208,6 +208,16 @@ def test_from_files_to_the_table(recipe, capsys):
     assert str(recipe) not in text
 
 
+def test_what_comes_before_a_run_is_counted_too(recipe):
+    Path("exp/seed2/supervised/train.job.json").unlink()
+    measure.main(["--run", "pl:1", "--run", "pl:2"])
+    text = Path("RESULTS.md").read_text()
+    assert "|supervised|random|1|10|1 min 00 s|30 s|0|" in text
+    assert "|base|supervised|1, 2|10|1 min 00 s|30 s|0|" in text
+    assert "All trainings together: 5 min 00 s of wall time, 2 min 30 s of CPU time." in text
+    assert "./run.sh --method pl --seed 1,2" in text and "# base, training\ntrain base\n" in text
+
+
 def test_the_table_is_the_same_twice(recipe):
     measure.main([])
     first = Path("RESULTS.md").read_text(), Path("exp/results.json").read_text()
