@@ -111,6 +111,15 @@ def test_one_test_set_needs_no_list():
     assert recipe.tokens_from == ["train_labelled"]
 
 
+def test_a_reader_that_goes_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "espnet_pl.recipe.stages", "--stop_stage", "1", "--dry_run"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_outside_a_recipe(capsys):
     Path("recipe.yaml").unlink()
     assert call()[0] == 2
