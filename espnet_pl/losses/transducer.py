@@ -1,0 +1,165 @@
+r"""log P(y|x) of a transducer, summed over all alignments, for any number of hypotheses.
+
+    P(y|x) = Σ_{alignments a of y} Π_{arcs (s,t,k) of a} p(k|s,t)
+
+where s is the predictor's state after a prefix of y, t a frame, and k the blank or the next label.
+Two hypotheses of an utterance share the states of their common prefixes, or, with a predictor that
+remembers c labels only, of prefixes with the same last c labels: a pair (s,t) is computed once for
+all of them (`joint.planes`).  The sum is `lattice.full_sum`.
+
+The RNN-T loss is −log P(y|x); other losses of the same numbers need gradients of any sign.
+
+Source: Graves, "Sequence Transduction with Recurrent Neural Networks", arXiv:1211.3711.  Sharing
+the joint network's nodes between hypotheses is ours.
+Axes: n utterances, k hypotheses, t frames, u labels, u1 = u + 1, s predictor states of
+all utterances, m tokens read in a state, j joint dimensions.  Unit: nats per hypothesis.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from espnet_pl.losses.joint import Joint, planes
+from espnet_pl.losses.lattice import full_sum
+
+SKIP = 1e-6  # of the backward pass; see `joint.planes`
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """Label sequences and the predictor states of their lattices; made by ``hypotheses``.
+
+    Args:
+        lengths: labels of each hypothesis.
+        utterance: whose hypothesis it is.
+        states: the state after each prefix, (k, u+1); 0 behind the end.
+        columns: where the next label is among the tokens of that state.
+        tokens: what is read in each state, the blank first; padded with −1.
+        owner: the utterance of each state.
+        rows: a prefix that leads to each state, as a row of (k · (u+1)).
+    """
+
+    lengths: Int[Tensor, " k"]
+    utterance: Int[Tensor, " k"]
+    states: Int[Tensor, "k u1"]
+    columns: Int[Tensor, "k u"]
+    tokens: Int[Tensor, "s m"]
+    owner: Int[Tensor, " s"]
+    rows: Int[Tensor, " s"]
+
+    def of_states(self, predicted: Float[Tensor, "k u1 j"]) -> Float[Tensor, "s j"]:
+        """One row for each state of the predictor's output for all prefixes."""
+        return predicted.flatten(0, 1)[self.rows]
+
+
+def hypotheses(
+    labels: Int[Tensor, "k u"],
+    lengths: Int[Tensor, " k"],
+    utterance: Int[Tensor, " k"] | None = None,
+    *,
+    blank: int = 0,
+    context: int | None = None,
+) -> Hypotheses:
+    """Label sequences as lattices with shared states.
+
+    Args:
+        labels: padded at the end with anything.
+        utterance: whose hypothesis each one is; without, the k-th is of the k-th utterance, and
+            nothing is shared.
+        context: labels that the predictor remembers; None: all.
+
+    Raises:
+        ValueError: a blank among the labels, or lengths that do not fit.
+    """
+    k, u = labels.shape
+    if len(lengths) != k or (k and not 0 <= int(lengths.min()) <= int(lengths.max()) <= u):
+        raise ValueError(f"lengths {lengths.tolist()} for labels of shape {tuple(labels.shape)}")
+    inside = torch.arange(u, device=labels.device) < lengths[:, None]
+    if bool(((labels == blank) & inside).any()):
+        raise ValueError(f"the blank, {blank}, is among the labels")
+    labels = labels.masked_fill(~inside, -1)
+    if utterance is None:
+        return _one_each(labels, lengths, blank)
+    return _shared(labels, lengths, utterance, blank, context)
+
+
+def log_probability(
+    joint: Joint,
+    encoded: Float[Tensor, "n t j"],
+    frames: Int[Tensor, " n"],
+    predicted: Float[Tensor, "s j"],
+    hyps: Hypotheses,
+    *,
+    exact: bool = False,
+) -> Float[Tensor, " k"]:
+    """log P of each hypothesis, in float64; −inf if its utterance has no frame.
+
+    Args:
+        encoded: projected encoder output.
+        frames: valid frames of each utterance.
+        predicted: projected predictor output in each state.
+        exact: no node is left out of the backward pass; otherwise those are whose gradient is less
+            than a millionth of their utterance's greatest.
+    """
+    log_p = planes(
+        joint, encoded, frames, predicted, hyps.owner, hyps.tokens, skip=0.0 if exact else SKIP
+    )
+    blank = log_p[0, hyps.states]
+    label = log_p[hyps.columns, hyps.states[:, :-1]]
+    return full_sum(blank, label, frames[hyps.utterance], hyps.lengths)
+
+
+def _one_each(labels, lengths, blank) -> Hypotheses:
+    """Every prefix is a state of its own."""
+    k, u = labels.shape
+    ends = torch.nn.functional.pad(labels, (0, 1), value=-1)
+    real = torch.arange(u + 1, device=labels.device) <= lengths[:, None]
+    rows = real.flatten().nonzero()[:, 0]
+    states = torch.zeros_like(real, dtype=torch.long)
+    states[real] = torch.arange(len(rows), device=labels.device)
+    return Hypotheses(
+        lengths=lengths,
+        utterance=torch.arange(k, device=labels.device),
+        states=states,
+        columns=torch.ones_like(labels),
+        tokens=torch.stack([torch.full_like(ends, blank), ends], -1)[real],
+        owner=rows // (u + 1),
+        rows=rows,
+    )
+
+
+def _shared(labels, lengths, utterance, blank, context) -> Hypotheses:
+    """Prefixes of the same utterance that the predictor cannot tell apart are one state."""
+    k, u = labels.shape
+    names: dict[tuple, int] = {}
+    tokens: list[list[int]] = []
+    owner, rows = [], []
+    states, columns = torch.zeros(k, u + 1, dtype=torch.long), torch.zeros(k, u, dtype=torch.long)
+    for i, (y, length, n) in enumerate(
+        zip(labels.tolist(), lengths.tolist(), utterance.tolist(), strict=True)
+    ):
+        for end in range(length + 1):
+            seen = y[:end] if context is None else y[max(0, end - context) : end]
+            state = states[i, end] = names.setdefault((n, *seen), len(names))
+            if state == len(tokens):
+                tokens.append([blank])
+                owner.append(n)
+                rows.append(i * (u + 1) + end)
+            if end < length:
+                if y[end] not in tokens[state]:
+                    tokens[state].append(y[end])
+                columns[i, end] = tokens[state].index(y[end])
+    width = max(map(len, tokens), default=1)
+    padded = [row + [-1] * (width - len(row)) for row in tokens]
+    device = labels.device
+    return Hypotheses(
+        lengths=lengths,
+        utterance=utterance,
+        states=states.to(device),
+        columns=columns.to(device),
+        tokens=torch.tensor(padded, dtype=torch.long, device=device).view(-1, width),
+        owner=torch.tensor(owner, dtype=torch.long, device=device),
+        rows=torch.tensor(rows, dtype=torch.long, device=device),
+    )
