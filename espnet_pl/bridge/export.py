@@ -2,7 +2,8 @@
 
 ``python -m espnet_pl.bridge.export --exp exp/slimipl --output exp/slimipl/model``
 writes ``config.yaml`` and ``model.pth`` (and the files the configuration names)
-so that ``espnet2.bin.asr_inference`` loads them where espnet_pl is not installed.
+so that ``espnet2.bin.asr_inference`` (for a transducer
+``asr_transducer_inference``) loads them where espnet_pl is not installed.
 """
 
 import argparse
@@ -13,12 +14,12 @@ from typing import Any
 
 import torch
 import yaml
-from espnet2.tasks.asr import ASRTask
+from espnet2.tasks.abs_task import AbsTask
 from torch import Tensor
 
 from espnet_pl.bridge import compat
 from espnet_pl.bridge.model import SAVED_AS
-from espnet_pl.bridge.task import OPTIONS
+from espnet_pl.bridge.task import OPTIONS, task_of
 
 TEACHER = "teacher._average.module.net."
 
@@ -42,6 +43,7 @@ def export(exp: Path, output: Path, source: str = "student") -> None:
     temporary = output.with_name(output.name + ".unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    task = task_of(config).stock
     config = _stock(config)
     copied = []
     for conf, key in ((config.get("normalize_conf") or {}, "stats_file"), (config, "bpemodel")):
@@ -52,7 +54,7 @@ def export(exp: Path, output: Path, source: str = "student") -> None:
             copied.append((conf, key))
     config["espnet_version"] = compat.version()
     _write(temporary, config, state)
-    _prove(temporary, state)
+    _prove(task, temporary, state)
     for conf, key in copied:
         conf[key] = str(output / Path(conf[key]).name)
     _write(temporary, config, state)
@@ -94,9 +96,9 @@ def _write(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> No
     torch.save(state, folder / "model.pth")
 
 
-def _prove(folder: Path, state: dict[str, Tensor]) -> None:
+def _prove(task: type[AbsTask], folder: Path, state: dict[str, Tensor]) -> None:
     """Stock loading is not strict: a wrong name would leave a layer random without a word."""
-    net, _ = ASRTask.build_model_from_file(folder / "config.yaml", folder / "model.pth", "cpu")
+    net, _ = task.build_model_from_file(folder / "config.yaml", folder / "model.pth", "cpu")
     loaded = net.state_dict()
     wrong = sorted(set(loaded) ^ set(state)) or sorted(
         name for name, tensor in loaded.items() if not torch.equal(tensor, state[name])

@@ -1,19 +1,25 @@
-"""ESPnet's ASR task, trained by a method: five options more, nothing re-typed."""
+"""ESPnet's recognition tasks, trained by a method: some options more, nothing re-typed."""
 
 import argparse
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from espnet2.tasks.abs_task import AbsTask
 from espnet2.tasks.asr import ASRTask
+from espnet2.tasks.asr_transducer import ASRTransducerTask
 from espnet2.utils.nested_dict_action import NestedDictAction
 
 from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import PLModel, attach
 from espnet_pl.bridge.recogniser import Recogniser
-from espnet_pl.methods.base import ConfigError, build, config_of, module_of
+from espnet_pl.bridge.transducer import TransducerRecogniser
+from espnet_pl.methods.base import ConfigError, build, config_of, module_of, unknown
 
 # What a configuration of ours has beyond a stock one; taken out of exported models.
 OPTIONS = (
+    "task",
     "method",
     "method_conf",
     "unlabelled_data_path_and_name_and_type",
@@ -23,14 +29,19 @@ OPTIONS = (
 )
 
 
-class PLTask(ASRTask):
-    """Attention/CTC and pure CTC models."""
+class _Learning:
+    """What every task of ours adds to the stock task that it is mixed into."""
+
+    stock: type[AbsTask]  # reads and writes the same models
+    student: type[Recogniser]
+    with_text = True  # False for the task of the unlabelled speech
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Stock options, and ours."""
         super().add_task_arguments(parser)
         group = parser.add_argument_group("Learning from unlabelled speech")
+        group.add_argument("--task", choices=[*TASKS], help="of ESPnet: the family of models")
         group.add_argument(
             "--method",
             default="supervised",
@@ -81,7 +92,7 @@ class PLTask(ASRTask):
                 raise ConfigError(f"freeze_param: the model has no parameter {prefix!r}")
             for parameter in mine:
                 parameter.requires_grad = False
-        student = Recogniser(net)
+        student = cls.student(net)
         resources = {"truth": cls._read_truth(args), "teachers": cls._read_teachers(args)}
         return PLModel(student, build(args.method, args.method_conf, student, resources))
 
@@ -98,7 +109,7 @@ class PLTask(ASRTask):
     def build_iter_factory(cls, args, distributed_option, mode, kwargs=None):
         """For training: labelled and unlabelled batches as the method wants them."""
         factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
-        if mode != "train" or cls is _Unlabelled:
+        if mode != "train" or not cls.with_text:
             return factory
         if args.iterator_type != "sequence":
             raise ConfigError(
@@ -116,8 +127,14 @@ class PLTask(ASRTask):
             theirs.train_data_path_and_name_and_type = args.unlabelled_data_path_and_name_and_type
             theirs.train_shape_file = args.unlabelled_shape_file
             theirs.num_iters_per_epoch = None
-            unlabelled = _Unlabelled.build_iter_factory(theirs, distributed_option, mode, kwargs)
+            without_text = type(cls.__name__, (cls,), {"with_text": False})
+            unlabelled = without_text.build_iter_factory(theirs, distributed_option, mode, kwargs)
         return PairedIterFactory(pairing, factory, unlabelled, args.num_iters_per_epoch, args.seed)
+
+    @classmethod
+    def required_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:
+        """The stock ones; of unlabelled speech no text."""
+        return super().required_data_names(train, inference or not cls.with_text)
 
     @classmethod
     def _read_teachers(cls, args: argparse.Namespace) -> list[Recogniser]:
@@ -127,12 +144,12 @@ class PLTask(ASRTask):
             for file in files:
                 if not file.is_file():
                     raise ConfigError(f"teachers: {file} is missing; give an exported model folder")
-            net, theirs = ASRTask.build_model_from_file(*files, "cpu")
+            net, theirs = cls.stock.build_model_from_file(*files, "cpu")
             if list(theirs.token_list) != list(args.token_list):
                 raise ConfigError(
                     f"teachers: {folder} has other tokens than --token_list; train it with these"
                 )
-            teachers.append(Recogniser(net).eval().requires_grad_(False))
+            teachers.append(cls.student(net).eval().requires_grad_(False))
         return teachers
 
     @classmethod
@@ -147,9 +164,28 @@ class PLTask(ASRTask):
         return truth
 
 
-class _Unlabelled(PLTask):
-    """The same task for a data set without text."""
+class PLTask(_Learning, ASRTask):
+    """Attention/CTC and pure CTC models."""
 
-    @classmethod
-    def required_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:
-        return ("speech",)
+    stock, student = ASRTask, Recogniser
+
+
+class PLTransducerTask(_Learning, ASRTransducerTask):
+    """Transducers; their loss is ours, so that nothing has to be compiled."""
+
+    stock, student = ASRTransducerTask, TransducerRecogniser
+
+
+TASKS = {"asr": PLTask, "asr_transducer": PLTransducerTask}
+
+
+def task_of(config: Mapping[str, Any]) -> type[_Learning]:
+    """The task that a configuration names; ``asr`` if it names none.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    name = config.get("task") or "asr"
+    if name not in TASKS:
+        raise ConfigError(unknown("task", name, TASKS))
+    return TASKS[name]

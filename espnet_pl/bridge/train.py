@@ -1,8 +1,8 @@
 """Train: ``python -m espnet_pl.bridge.train --config conf/asr.yaml --config conf/slimipl.yaml …``
 
-All options of ``python -m espnet2.bin.asr_train``, those of ``PLTask``, and
-``--config`` several times: a later file changes what an earlier one said, key
-by key also inside ``…_conf``.
+All options of ``python -m espnet2.bin.asr_train`` (or of ``asr_transducer_train``, where a
+configuration says ``task: asr_transducer``), ours, and ``--config`` several times: a later file
+changes what an earlier one said, key by key also inside ``…_conf``.
 """
 
 import functools
@@ -16,7 +16,7 @@ import yaml
 from espnet2.train.class_choices import ClassChoices
 
 from espnet_pl.bridge import compat
-from espnet_pl.bridge.task import PLTask
+from espnet_pl.bridge.task import task_of
 from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
 
 __all__ = ["ConfigError", "load_config", "main", "needs_unlabelled"]
@@ -36,12 +36,13 @@ def load_config(paths: Sequence[str | Path]) -> dict[str, Any]:
     for path in paths:
         config = _merge(config, _read(path))
     config.pop("recipe", None)
-    known = {action.dest for action in _parser()._actions}
+    task = task_of(config)
+    known = {action.dest for action in _parser(task)._actions}
     for key in config:
         if key not in known:
             raise ConfigError(unknown(_where(paths), key, known))
     config_of(config.get("method", "supervised"), config.get("method_conf", {}))
-    for choices in PLTask.class_choices_list:
+    for choices in task.class_choices_list:
         _check_conf(paths, choices, config)
     criteria = config.get("best_model_criterion", [None])
     keep = config.get("keep_nbest_models", [10])
@@ -74,19 +75,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             paths.append(word.removeprefix("--config="))
         else:
             rest.append(word)
+    config = load_config(paths)
+    task = task_of(config)
+    parser = _parser(task)
     for word in rest:
         flag = word.split("=")[0]
-        options = _parser()._option_string_actions
-        if flag.startswith("--") and flag not in options:
-            raise ConfigError(unknown("option", flag, options))
-    config = load_config(paths)
-    output_dir = _parser().parse_args(rest).output_dir
+        if flag.startswith("--") and flag not in parser._option_string_actions:
+            raise ConfigError(unknown("option", flag, parser._option_string_actions))
+    output_dir = parser.parse_args(rest).output_dir
     if output_dir is None:
         raise ConfigError("--output_dir is needed")
     merged = Path(output_dir) / "train.yaml"
     merged.parent.mkdir(parents=True, exist_ok=True)
     merged.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    PLTask.main(cmd=["--config", str(merged), *rest])
+    task.main(cmd=["--config", str(merged), *rest])
 
 
 def _merge(old: Mapping, new: Mapping) -> dict:
@@ -136,8 +138,8 @@ def _where(paths: Sequence) -> str:
 
 
 @functools.cache
-def _parser():
-    return PLTask.get_parser()
+def _parser(task):
+    return task.get_parser()
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def log_probability(
     hyps: Hypotheses,
     *,
     exact: bool = False,
+    fast_emit: float = 0.0,
 ) -> Float[Tensor, " k"]:
     """log P of each hypothesis, in float64; −inf if its utterance has no frame.
 
@@ -102,12 +103,16 @@ def log_probability(
         predicted: projected predictor output in each state.
         exact: no node is left out of the backward pass; otherwise those are whose gradient is less
             than a millionth of their utterance's greatest.
+        fast_emit: λ of Yu et al., "FastEmit", arXiv:2010.11148: the gradient of label arcs is taken
+            1 + λ times; the value stays as it is.
     """
     log_p = planes(
         joint, encoded, frames, predicted, hyps.owner, hyps.tokens, skip=0.0 if exact else SKIP
     )
     blank = log_p[0, hyps.states]
     label = log_p[hyps.columns, hyps.states[:, :-1]]
+    if fast_emit and label.requires_grad:
+        label.register_hook(lambda grad: grad * (1 + fast_emit))
     return full_sum(blank, label, frames[hyps.utterance], hyps.lengths)
 
 
@@ -132,34 +137,38 @@ def _one_each(labels, lengths, blank) -> Hypotheses:
 
 def _shared(labels, lengths, utterance, blank, context) -> Hypotheses:
     """Prefixes of the same utterance that the predictor cannot tell apart are one state."""
-    k, u = labels.shape
+    width = labels.shape[1]
     names: dict[tuple, int] = {}
     tokens: list[list[int]] = []
-    owner, rows = [], []
-    states, columns = torch.zeros(k, u + 1, dtype=torch.long), torch.zeros(k, u, dtype=torch.long)
+    owner, rows, states, columns = [], [], [], []
     for i, (y, length, n) in enumerate(
         zip(labels.tolist(), lengths.tolist(), utterance.tolist(), strict=True)
     ):
+        path, places = [0] * (width + 1), [0] * width
         for end in range(length + 1):
             seen = y[:end] if context is None else y[max(0, end - context) : end]
-            state = states[i, end] = names.setdefault((n, *seen), len(names))
+            state = path[end] = names.setdefault((n, *seen), len(names))
             if state == len(tokens):
                 tokens.append([blank])
                 owner.append(n)
-                rows.append(i * (u + 1) + end)
+                rows.append(i * (width + 1) + end)
             if end < length:
                 if y[end] not in tokens[state]:
                     tokens[state].append(y[end])
-                columns[i, end] = tokens[state].index(y[end])
-    width = max(map(len, tokens), default=1)
-    padded = [row + [-1] * (width - len(row)) for row in tokens]
-    device = labels.device
+                places[end] = tokens[state].index(y[end])
+        states.append(path)
+        columns.append(places)
+    most = max(map(len, tokens), default=1)
+
+    def tensor(numbers, *shape):
+        return torch.tensor(numbers, dtype=torch.long, device=labels.device).view(*shape)
+
     return Hypotheses(
         lengths=lengths,
         utterance=utterance,
-        states=states.to(device),
-        columns=columns.to(device),
-        tokens=torch.tensor(padded, dtype=torch.long, device=device).view(-1, width),
-        owner=torch.tensor(owner, dtype=torch.long, device=device),
-        rows=torch.tensor(rows, dtype=torch.long, device=device),
+        states=tensor(states, -1, width + 1),
+        columns=tensor(columns, len(labels), width),
+        tokens=tensor([row + [-1] * (most - len(row)) for row in tokens], -1, most),
+        owner=tensor(owner, -1),
+        rows=tensor(rows, -1),
     )

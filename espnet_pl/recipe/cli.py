@@ -42,7 +42,10 @@ def _main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     args = _parse(argv)
     recipe = config.load_recipe()
-    runs = config.load_runs(recipe)
+    if not args.asr_config.exists():
+        found = sorted(map(str, Path("conf").glob("asr*.yaml")))
+        raise RecipeError(f"--asr_config: {config.did_you_mean(str(args.asr_config), found)}")
+    runs = config.load_runs(recipe, args.asr_config)
     chosen = _chosen(args.method, recipe, runs)
     numbers = _numbers(args)
     seeds = _seeds(args.seed) if args.seed else recipe.seeds
@@ -53,11 +56,13 @@ def _main(argv: Sequence[str]) -> int:
     others = sorted({path.parent.name for path in seen} & {*runs} - {*needed})
     unlabelled = {}
     if {4, 6} & {*numbers}:
-        unlabelled = config.check_runs(needed, others, args.expdir, write=not args.dry_run)
+        unlabelled = config.check_runs(
+            needed, others, args.asr_config, args.expdir, write=not args.dry_run
+        )
     known = {name: run for name, run in runs.items() if name not in others or name in unlabelled}
     plan = stages.Plan(
         recipe, known, tuple(chosen), tuple(seeds), unlabelled,
-        args.expdir, args.dumpdir, args.ngpu, args.nj,
+        args.asr_config, args.expdir, args.dumpdir, args.ngpu, args.nj,
     )  # fmt: skip
     for number in numbers:
         stage = stages.STAGES[number - 1]
@@ -93,7 +98,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--ngpu", type=int, default=0, help="GPUs of a training; 0 is the CPU (0)")
     add("--nj", type=int, default=min(cores, 4), help=f"jobs at a time ({min(cores, 4)})")
     add("--cmd", default=_backend(), help="local or slurm (cmd.sh)")
-    add("--expdir", type=Path, default=Path("exp"), help="experiments (exp)")
+    add("--asr_config", type=Path, default=config.ASR, help=f"the model ({config.ASR})")
+    add("--expdir", type=Path, help="experiments (exp; exp_NAME with --asr_config conf/NAME.yaml)")
     add("--dumpdir", type=Path, default=Path("dump"), help="audio made by local/data.sh (dump)")
     for flag, text in (
         ("--dry_run", "print the commands of all stages and touch nothing"),
@@ -105,6 +111,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         raise RecipeError(config.did_you_mean(unknown[0].partition("=")[0], flags))
+    args.expdir = args.expdir or config.default_expdir(args.asr_config)
     return args
 
 

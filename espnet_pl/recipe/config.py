@@ -16,7 +16,7 @@ import yaml
 from espnet_pl import __version__
 from espnet_pl.recipe import check, markers
 
-ASR = Path("conf/asr.yaml")  # the model and optimiser every run starts from
+ASR = Path("conf/asr.yaml")  # the model and optimiser that all runs share
 
 
 class RecipeError(Exception):
@@ -110,11 +110,17 @@ class Run:
     method: str
     options: RunOptions
     normalize: str | None  # of the merged configuration: decides whether statistics are needed
+    task: str  # the same: which of ESPnet's programs recognises
 
     @property
     def conf(self) -> Path:
         """The file with this run's differences."""
         return Path(f"conf/{self.name}.yaml")
+
+    @property
+    def decode(self) -> Path:
+        """The file with the search's settings: those of ``asr_inference``, or of the task's own."""
+        return Path("conf/decode.yaml" if self.task == "asr" else f"conf/decode_{self.task}.yaml")
 
 
 def _check_token_type(name: str) -> None:
@@ -138,9 +144,9 @@ def load_recipe(path: Path = Path("recipe.yaml")) -> Recipe:
     return _typed(Recipe, _mapping(path), str(path))
 
 
-def load_runs(recipe: Recipe) -> dict[str, Run]:
+def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
     """Every ``conf/*.yaml`` with a ``method:``; what it leaves open is as in the recipe."""
-    runs, normalize = {}, _mapping(ASR).get("normalize") if ASR.exists() else None
+    runs, shared = {}, _mapping(asr) if asr.exists() else {}
     usual = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
     for path in sorted(Path("conf").glob("*.yaml")):
         conf = _mapping(path)
@@ -149,9 +155,8 @@ def load_runs(recipe: Recipe) -> dict[str, Run]:
             if not isinstance(own, dict):
                 raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
             options = _typed(RunOptions, {**usual, **own}, f"{path}, recipe:")
-            runs[path.stem] = Run(
-                path.stem, str(conf["method"]), options, conf.get("normalize", normalize)
-            )
+            normalize, task = ({**shared, **conf}.get(key) for key in ("normalize", "task"))
+            runs[path.stem] = Run(path.stem, str(conf["method"]), options, normalize, task or "asr")
     for run in runs.values():
         if run.options.init is not None and run.options.init not in runs:
             raise RecipeError(f"{run.conf}, recipe: init: {did_you_mean(run.options.init, runs)}")
@@ -183,13 +188,18 @@ def with_inits(names: Iterable[str], runs: Mapping[str, Run]) -> list[str]:
     return ordered
 
 
+def default_expdir(asr: Path) -> Path:
+    """Where the experiments of a model configuration are: ``exp``, or ``exp_<its name>``."""
+    return Path("exp" if asr == ASR else f"exp_{asr.stem}")
+
+
 def run_dir(run: str, seed: int, expdir: Path) -> Path:
     """The folder of one run: ``<expdir>/<run>``, other seeds in ``<expdir>/seed<N>/<run>``."""
     return expdir / run if seed == 1 else expdir / f"seed{seed}" / run
 
 
 def check_runs(
-    names: Iterable[str], others: Iterable[str], expdir: Path, write: bool = True
+    names: Iterable[str], others: Iterable[str], asr: Path, expdir: Path, write: bool = True
 ) -> dict[str, bool]:
     """Lets the bridge check the runs' configurations; tells which of them need unlabelled speech.
 
@@ -200,12 +210,12 @@ def check_runs(
     known = markers.read(memory) or {}
     keys = {}
     for name in [*names, *others]:
-        content = [markers.content(path) for path in (ASR, Path(f"conf/{name}.yaml"))]
+        content = [markers.content(path) for path in (asr, Path(f"conf/{name}.yaml"))]
         keys[name] = hashlib.sha256(json.dumps([content, __version__]).encode()).hexdigest()
     new = [name for name, key in keys.items() if not isinstance(known.get(key), bool)]
     if new:
         try:
-            verdicts = check.ask([[str(ASR), f"conf/{name}.yaml"] for name in new])
+            verdicts = check.ask([[str(asr), f"conf/{name}.yaml"] for name in new])
         except RuntimeError as error:
             raise RecipeError(f"the configurations cannot be checked:\n{error}") from error
         for name, verdict in zip(new, verdicts, strict=True):

@@ -228,13 +228,14 @@ def find_runs(expdir: Path, tests: Sequence[str]) -> list[tuple[str, int]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table, writes RESULTS.md and results.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--asr_config", type=Path, default=config.ASR)
     parser.add_argument("--expdir", type=Path, default=Path("exp"))
     parser.add_argument("--run", action="append", help="RUN:SEED; default: all there are")
     parser.add_argument("--output", type=Path, default=Path("RESULTS.md"))
     args = parser.parse_args(argv)
     try:
         recipe = config.load_recipe()
-        runs = config.load_runs(recipe)
+        runs = config.load_runs(recipe, args.asr_config)
         if args.run:
             words = [word.rpartition(":") for word in args.run]
             pairs = [(run, int(seed)) for run, _, seed in words]
@@ -245,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found.setdefault(run, {})[seed] = config.run_dir(run, seed, args.expdir)
         if not found:
             raise SystemExit(f"no hypotheses in {args.expdir}/<run>/infer")
-        result = measure(recipe, found) | {"expdir": str(args.expdir)}
+        result = measure(recipe, found)
+        result |= {"asr_config": str(args.asr_config), "expdir": str(args.expdir)}
         seeds = sorted({seed for folders in found.values() for seed in folders})
         result["before"] = {}
         for run in config.with_inits([run for run in found if run in runs], runs):

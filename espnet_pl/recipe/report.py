@@ -123,7 +123,9 @@ def _origin(result: Mapping) -> list[str]:
     seeds = sorted({seed for costs in runs.values() for seed in costs})
     listed = ",".join(map(str, seeds))
     lines = ["\n## Commands\n", "```", f"./run.sh --method {','.join(runs)} --seed {listed}"]
-    lines[-1] += f" --expdir {result['expdir']}" if result["expdir"] != "exp" else ""
+    asr, expdir = Path(result["asr_config"]), Path(result["expdir"])
+    lines[-1] += f" --asr_config {asr}" if asr != config.ASR else ""
+    lines[-1] += f" --expdir {expdir}" if expdir != config.default_expdir(asr) else ""
     for run, costs in trained.items():
         shell = next(iter(costs.values()))["shell"]
         lines += [f"\n# {run}, training", shell] if shell else []

@@ -26,6 +26,7 @@ class Plan:
     chosen: tuple[str, ...]
     seeds: tuple[int, ...]
     unlabelled: dict[str, bool]  # which runs need unlabelled speech
+    asr: Path = config.ASR
     expdir: Path = Path("exp")
     dumpdir: Path = Path("dump")
     ngpu: int = 0
@@ -93,10 +94,10 @@ def collect_stats(plan: Plan) -> Iterator[Job]:
     folder = plan.expdir / "stats"
     argv, inputs = _training(plan, plan.recipe.labelled, plan.recipe.token_type)
     argv += ["--collect_stats", "true", "--normalize", "none", "--output_dir", str(folder)]
-    argv += ["--config", str(config.ASR), "--ngpu", "0"]
+    argv += ["--config", str(plan.asr), "--ngpu", "0"]
     yield Job(
         "collect_stats", tuple(argv), folder / "collect_stats.log",
-        inputs=(config.ASR, *inputs), outputs=(_stats(plan),),
+        inputs=(plan.asr, *inputs), outputs=(_stats(plan),),
     )  # fmt: skip
 
 
@@ -107,9 +108,9 @@ def train(plan: Plan) -> Iterator[Job]:
         for name in config.with_inits(plan.chosen, plan.runs):
             run, options, folder = plan.runs[name], plan.runs[name].options, plan.dir(name, seed)
             argv, inputs = _training(plan, options.labelled, options.token_type)
-            argv += ["--config", str(config.ASR), "--config", str(run.conf)]
+            argv += ["--config", str(plan.asr), "--config", str(run.conf)]
             argv += ["--seed", str(seed), "--ngpu", str(plan.ngpu), "--output_dir", str(folder)]
-            inputs += [config.ASR, run.conf]
+            inputs += [plan.asr, run.conf]
             if run.normalize == "global_mvn":
                 argv += ["--normalize_conf", f"stats_file={_stats(plan)}"]
                 inputs.append(_stats(plan))
@@ -165,15 +166,15 @@ def infer(plan: Plan) -> Iterator[Job]:
 
 
 def _infer_one(plan: Plan, name: str, seed: int, test: str, n: int) -> Iterator[Job]:
-    folder = plan.dir(name, seed)
-    model, decode = _model(folder), Path("conf/decode.yaml")
+    folder, run = plan.dir(name, seed), plan.runs[name]
+    model, decode = _model(folder), run.decode
     source, outputs = Path(f"data/{test}/wav.scp"), []
     for k in range(1, n + 1):
         key_file = Path(f"data/{test}/split{n}/keys.{k}") if n > 1 else source
         output = folder / "infer" / test / "logdir" / f"output.{k}"
         outputs.append(output / "1best_recog")
         argv = (
-            "python3", "-m", "espnet2.bin.asr_inference", "--config", str(decode),
+            "python3", "-m", f"espnet2.bin.{run.task}_inference", "--config", str(decode),
             "--asr_train_config", str(model[0]), "--asr_model_file", str(model[1]),
             "--data_path_and_name_and_type", f"{source},speech,sound", "--key_file", str(key_file),
             "--output_dir", str(output), "--ngpu", str(min(plan.ngpu, 1)), "--batch_size", "1",
@@ -195,8 +196,10 @@ def _infer_one(plan: Plan, name: str, seed: int, test: str, n: int) -> Iterator[
 
 
 def results(plan: Plan) -> Path:
-    """The table: in the recipe; that of another ``--expdir`` (a trial) lies there."""
-    return Path("RESULTS.md") if plan.expdir == Path("exp") else plan.expdir / "RESULTS.md"
+    """The table: in the recipe, one per model; a trial (another ``--expdir``) has its own."""
+    if plan.expdir != config.default_expdir(plan.asr):
+        return plan.expdir / "RESULTS.md"
+    return Path("RESULTS.md" if plan.asr == config.ASR else f"RESULTS_{plan.asr.stem}.md")
 
 
 def measure(plan: Plan) -> Iterator[Job]:
@@ -213,8 +216,8 @@ def measure(plan: Plan) -> Iterator[Job]:
     words = [word for name, seed in found for word in ("--run", f"{name}:{seed}")]
     yield Job(
         "measure",
-        ("python3", "-m", "espnet_pl.recipe.measure", "--expdir", str(plan.expdir), "--output",
-         str(results(plan)), *words),
+        ("python3", "-m", "espnet_pl.recipe.measure", "--asr_config", str(plan.asr),
+         "--expdir", str(plan.expdir), "--output", str(results(plan)), *words),
         plan.expdir / "measure.log", inputs=tuple(inputs),
         outputs=(results(plan), plan.expdir / "results.json"), here=True,
     )  # fmt: skip

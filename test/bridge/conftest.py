@@ -43,6 +43,26 @@ ASR = {
     "num_iters_per_epoch": 5,
     "log_interval": 1,
 }
+TRANSDUCER = {name: ASR[name] for name in ASR if not name.startswith("encoder")} | {
+    "task": "asr_transducer",
+    "encoder_conf": {
+        "main_conf": {"pos_wise_act_type": "swish", "conv_mod_act_type": "swish"},
+        "input_conf": {"vgg_like": False, "subsampling_factor": 4, "conv_size": 8},
+        "body_conf": [
+            {
+                "block_type": "conformer",
+                "linear_size": 8,
+                "hidden_size": 8,
+                "heads": 2,
+                "conv_mod_kernel_size": 3,
+            }
+        ],
+    },
+    "decoder": "stateless",
+    "decoder_conf": {"embed_size": 8},
+    "joint_network_conf": {"joint_space_size": 8},
+    "model_conf": {"auxiliary_ctc_weight": 0.3},
+}
 DECODER = {
     "decoder": "transformer",
     "decoder_conf": {"attention_heads": 2, "linear_units": 8, "num_blocks": 1},
@@ -77,9 +97,9 @@ def corpus(tmp_path_factory):
 def arguments(corpus, tmp_path):
     """The argv of ``espnet_pl.bridge.train`` for a method, with changes to the configuration."""
 
-    def make(method="slimipl", out="exp", method_conf=None, **changes):
+    def make(method="slimipl", out="exp", method_conf=None, base=ASR, **changes):
         asr, own = tmp_path / f"{out}_asr.yaml", tmp_path / f"{out}_method.yaml"
-        asr.write_text(yaml.safe_dump(ASR))
+        asr.write_text(yaml.safe_dump(base))
         own.write_text(
             yaml.safe_dump({"method": method, "method_conf": method_conf or {}, **changes})
         )

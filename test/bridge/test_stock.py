@@ -10,11 +10,15 @@ import pytest
 import soundfile
 import torch
 from espnet2.tasks.asr import ASRTask
+from espnet2.tasks.asr_transducer import ASRTransducerTask
 
 from espnet_pl.bridge.export import export
 from espnet_pl.bridge.recogniser import Recogniser
 from espnet_pl.bridge.train import main
+from espnet_pl.bridge.transducer import TransducerRecogniser
+from espnet_pl.losses.lattice import full_sum
 from espnet_pl.methods.base import Utterances
+from test.bridge.conftest import TRANSDUCER
 
 LOAD = """
 import sys, numpy as np, soundfile, torch
@@ -29,6 +33,25 @@ for line in open(sys.argv[1]):
         out[utt_id] = model.asr_model.ctc.log_softmax(encoded).numpy()
 np.savez("log_p.npz", **out)
 """
+LOAD_TRANSDUCER = """
+import sys, numpy as np, soundfile, torch
+from espnet2.bin.asr_transducer_inference import Speech2Text
+model = Speech2Text("exp/model/config.yaml", "exp/model/model.pth", beam_size=1).asr_model
+out = {}
+for line in open(sys.argv[1]):
+    utt_id, wav = line.split()
+    speech = torch.tensor(soundfile.read(wav, dtype="float32")[0])[None]
+    with torch.no_grad():
+        encoded, _ = model.encode(speech, torch.tensor([speech.shape[1]]))
+        predicted = model.decoder(torch.tensor([[0, 2, 3]]))
+        out[utt_id] = model.joint_network(encoded[:, :, None], predicted[:, None]).numpy()
+np.savez("logits.npz", **out)
+"""
+
+
+def read(path):
+    """A Kaldi table."""
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in path.open()}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +94,7 @@ def test_log_probabilities_are_those_of_the_training_process_and_everything_is_d
 
     net, _ = ASRTask.build_model_from_file(exp / "config.yaml", exp / "latest.pth", "cpu")
     net.load_state_dict(torch.load(exp / "valid.loss.ave.pth"))
-    student, dev = Recogniser(net.eval()), dict(map(str.split, wav_scp.read_text().splitlines()))
+    student, dev = Recogniser(net.eval()), read(wav_scp)
     for utt_id, wav in dev.items():
         speech = torch.tensor(soundfile.read(wav, dtype="float32")[0])[None]
         x = Utterances([utt_id], speech, torch.tensor([speech.shape[1]]))
@@ -87,5 +110,36 @@ def test_log_probabilities_are_those_of_the_training_process_and_everything_is_d
         cwd=tmp_path,
     )  # fmt: skip
     assert decoded.returncode == 0, decoded.stderr[-2000:]
-    lines = (tmp_path / "decoded/1best_recog/text").read_text().splitlines()
-    assert {line.split()[0] for line in lines} == set(dev)
+    assert set(read(tmp_path / "decoded/1best_recog/text")) == set(dev)
+
+
+def test_a_transducer_is_the_same_and_is_decoded(stock, arguments, corpus, tmp_path):
+    main(arguments("mpl", base=TRANSDUCER, max_epoch=1))
+    exp = tmp_path / "exp"
+    export(exp, exp / "model")
+    wav_scp = corpus / "data/dev/wav.scp"
+    loaded = stock("-c", LOAD_TRANSDUCER, str(wav_scp), cwd=tmp_path)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    theirs = np.load(tmp_path / "logits.npz")
+
+    net, _ = ASRTransducerTask.build_model_from_file(exp / "config.yaml", exp / "latest.pth", "cpu")
+    net.load_state_dict(torch.load(exp / "valid.loss.ave.pth"))
+    student, dev = TransducerRecogniser(net.eval()), read(wav_scp)
+    for utt_id, wav in dev.items():
+        speech = torch.tensor(soundfile.read(wav, dtype="float32")[0])[None]
+        x = Utterances([utt_id], speech, torch.tensor([speech.shape[1]]))
+        log_p = torch.tensor(theirs[utt_id])[0].log_softmax(-1)  # t u1 v
+        label = torch.stack([log_p[:, 0, 2], log_p[:, 1, 3]])[None]
+        frames, lengths = torch.tensor([log_p.shape[0]]), torch.tensor([2])
+        expected = full_sum(log_p[..., 0].t()[None], label, frames, lengths)
+        with torch.no_grad():
+            torch.testing.assert_close(student.score(x, [[2, 3]]).double(), expected)
+
+    decoded = stock(
+        "-m", "espnet2.bin.asr_transducer_inference", "--ngpu", "0", "--beam_size", "1",
+        "--asr_train_config", "exp/model/config.yaml", "--asr_model_file", "exp/model/model.pth",
+        "--data_path_and_name_and_type", f"{wav_scp},speech,sound", "--output_dir", "decoded",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert decoded.returncode == 0, decoded.stderr[-2000:]
+    assert set(read(tmp_path / "decoded/1best_recog/text")) == set(dev)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("recipe")
     [
         (["--stop-stag", "3"], "'--stop_stag' is not known; did you mean '--stop_stage'?"),
         (["--metod=all"], "did you mean '--method'?"),
+        (["--asr_config", "conf/ars.yaml"], "did you mean 'conf/asr.yaml'?"),
         (["--method", "slimpl"], "--method: 'slimpl' is not known; did you mean 'slimipl'?"),
         (["--stage", "trian"], "--stage: 'trian' is not known; did you mean 'train'?"),
         (["--stage", "9"], "--stage: '9' is not known"),

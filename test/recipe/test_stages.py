@@ -202,6 +202,28 @@ def test_a_trial_leaves_the_table_alone():
     assert "--expdir trial" in Path("trial/RESULTS.md").read_text()
 
 
+def test_another_model_has_experiments_and_a_table_of_its_own():
+    Path("conf/asr_transducer.yaml").write_text("task: asr_transducer\n")
+    Path("conf/decode_asr_transducer.yaml").write_text("beam_size: 1\n")
+    assert call()[0] == 0
+    before = Path("RESULTS.md").read_text(), tree()
+    code, started = call("--asr_config", "conf/asr_transducer.yaml")
+    assert code == 0 and "train supervised seed 1" in started
+    kept = {path for path in before[1] if path.parts[0] != "log"}
+    assert {path: time for path, time in tree().items() if path in kept} == {
+        path: time for path, time in before[1].items() if path in kept
+    }
+    assert Path("exp_asr_transducer/slimipl/model/model.pth").exists()
+    table = Path("RESULTS_asr_transducer.md").read_text()
+    assert "--seed 1 --asr_config conf/asr_transducer.yaml\n" in table
+    transducers = plan(asr=Path("conf/asr_transducer.yaml"), expdir=Path("exp_asr_transducer"))
+    shells = {job.name: job.shell() for job in stages.infer(transducers)}
+    assert "-m espnet2.bin.asr_transducer_inference" in shells["infer slimipl test seed 1"]
+    assert "--config conf/decode_asr_transducer.yaml" in shells["infer slimipl test seed 1"]
+    shells = {job.name: job.shell() for job in stages.train(transducers)}
+    assert "--config conf/asr_transducer.yaml --config" in shells["train slimipl seed 1"]
+
+
 def test_a_failure_is_told_and_mended(capsys):
     BAD.add("train slimipl seed 1")
     try:

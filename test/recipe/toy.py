@@ -48,7 +48,7 @@ def call(*words):
 
 def plan(chosen=("slimipl",), seeds=(1,), **more):
     recipe = config.load_recipe()
-    runs = config.load_runs(recipe)
+    runs = config.load_runs(recipe, more.get("asr", config.ASR))
     return stages.Plan(
         recipe,
         runs,

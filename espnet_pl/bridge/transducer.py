@@ -1,0 +1,107 @@
+"""ESPnet's transducers (task ``asr_transducer``) as students, with our loss.
+
+Stock ESPnet asks warp-transducer for the loss, which has to be compiled, and hands it the logits
+of every pair of frame and label.  Here the joint network hands over its two projections instead,
+and the loss is ``losses/transducer``.  Everything else of the stock model runs as it is, under the
+names it has: what is trained decodes where espnet_pl is not installed.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
+from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerModel
+from espnet2.asr_transducer.joint_network import JointNetwork
+from torch import Tensor, nn
+
+from espnet_pl.bridge.recogniser import Recogniser
+from espnet_pl.losses.joint import Joint
+from espnet_pl.losses.transducer import Hypotheses, hypotheses, log_probability
+from espnet_pl.methods.base import ConfigError, Utterances
+from espnet_pl.parts.decoding import pad
+
+
+class TransducerRecogniser(Recogniser):
+    """A stock transducer as a student.
+
+    Its score is the full sum; its frames are those of the auxiliary CTC layer, if it has one
+    (``model_conf: {auxiliary_ctc_weight: 0.3}``).
+    """
+
+    def __init__(self, net: ESPnetASRTransducerModel) -> None:
+        nn.Module.__init__(self)
+        self.net = lend_loss(net)
+        self.blank = 0
+        frames = ["frame_log_probs"] if net.use_auxiliary_ctc else []
+        self.answers = frozenset(["supervised", "score", *frames])
+
+    def score(self, x: Utterances, labels: list[list[int]]) -> Tensor:
+        """log P(y|x) over all alignments, (n,) nats."""
+        encoded, frames = self._encode(x)
+        text, lengths = pad(labels, encoded.device)
+        own = torch.arange(len(labels), device=encoded.device)
+        return self.net.log_probability(encoded, frames, text, lengths, own)
+
+    def _frames(self, encoded: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = nn.functional.dropout(encoded, self.net.ctc_dropout_rate, self.training)
+        return self.net.ctc_lin(hidden).log_softmax(dim=-1), frames
+
+
+def lend_loss(net: ESPnetASRTransducerModel) -> ESPnetASRTransducerModel:
+    """Let a stock model compute its transducer loss with ours, in training and validation.
+
+    Raises:
+        ConfigError: a joint network that is more than a function of each element.
+    """
+    if net.use_k2_pruned_loss:
+        raise ConfigError("model_conf: use_k2_pruned_loss replaces the loss; leave it out")
+    if next(net.joint_network.joint_activation.parameters(), None) is not None:
+        raise ConfigError("joint_network_conf: an activation with parameters cannot be used")
+    net.__class__, net.joint_network.__class__ = _Transducer, _Projections
+    return net
+
+
+class _Operands(NamedTuple):
+    """What the joint network would combine, each with its own axis of length 1."""
+
+    encoded: Tensor
+    predicted: Tensor
+
+
+class _Projections(JointNetwork):
+    def forward(self, enc_out: Tensor, dec_out: Tensor, no_projection: bool = False) -> Any:
+        # Four axes: all frames with all labels, as in training.  A search asks for single nodes.
+        if enc_out.dim() < 4 or no_projection:
+            return super().forward(enc_out, dec_out, no_projection)
+        return _Operands(self.lin_enc(enc_out), self.lin_dec(dec_out))
+
+
+class _Transducer(ESPnetASRTransducerModel):
+    def log_probability(
+        self, encoded: Tensor, frames: Tensor, labels: Tensor, lengths: Tensor, utterance: Tensor
+    ) -> Tensor:
+        """log P of each hypothesis (k,), from the encoder's output (n, t, d)."""
+        labels = labels.clamp(min=0)  # whatever the padding, the predictor embeds it
+        hyps = hypotheses(labels, lengths, utterance, context=self._context())
+        start = labels.new_zeros(len(labels), 1)
+        self.decoder.set_device(encoded.device)
+        predicted = hyps.of_states(self.decoder(torch.cat([start, labels], 1)))
+        network = self.joint_network
+        return self._full_sum(network.lin_enc(encoded), frames, network.lin_dec(predicted), hyps)
+
+    def _calc_transducer_loss(self, encoder_out, joint_out, target, t_len, u_len):
+        own = torch.arange(len(target), device=target.device)
+        hyps = hypotheses(target.long(), u_len.long(), own, context=self._context())
+        predicted = hyps.of_states(joint_out.predicted.squeeze(1))
+        return -self._full_sum(joint_out.encoded.squeeze(2), t_len.long(), predicted, hyps).mean()
+
+    def _full_sum(self, encoded, frames, predicted, hyps: Hypotheses) -> Tensor:
+        head, activation = self.joint_network.lin_out, self.joint_network.joint_activation
+        joint = Joint(head.weight, head.bias, activation)
+        log_p = log_probability(
+            joint, encoded, frames, predicted, hyps, fast_emit=self.fastemit_lambda
+        )
+        return log_p.float()
+
+    def _context(self) -> int | None:
+        return 1 if isinstance(self.decoder, StatelessDecoder) else None
