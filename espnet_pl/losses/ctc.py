@@ -8,11 +8,15 @@ where B merges repeats and then drops blanks.  An alignment exists only if the
 utterance has at least as many frames as y has labels and adjacent repeats
 (a blank must stand between two equal labels): ``feasible``.
 
+Of several hypotheses per utterance, ``log_probability`` gives log p(y|x) each, in float64.  Its
+gradient with respect to log p_t(k) is how often alignments of y say k at t, in expectation; it is
+summed from forward and backward variables over the sequence of labels with blanks between them.
+
 Source: Graves, Fernández, Gomez, Schmidhuber, "Connectionist Temporal
-Classification", ICML 2006, equations 3 and 8.  The sum is torch's own
-``ctc_loss``; here are the shapes, the checks and the rule for labels without
-any alignment.
-Axes: n utterances, t frames, u labels, v vocabulary.  Unit: nats per utterance.
+Classification", ICML 2006, equations 3, 8 and (occupancies) 14.  The sum of
+``ctc`` is torch's own ``ctc_loss``; here are the shapes, the checks and the rule
+for labels without any alignment.
+Axes: n utterances, k hypotheses, t frames, u labels, v vocabulary.  Unit: nats.
 """
 
 import torch
@@ -57,6 +61,93 @@ def ctc(
         zero_infinity=True,
     )
     return torch.where(possible, loss, torch.zeros_like(loss))
+
+
+def log_probability(
+    log_p: Float[Tensor, "n t v"],
+    frames: Int[Tensor, " n"],
+    labels: Int[Tensor, "k u"],
+    label_lengths: Int[Tensor, " k"],
+    utterance: Int[Tensor, " k"],
+    blank: int = 0,
+) -> Float[Tensor, " k"]:
+    """log p(y|x) of each hypothesis, summed over all alignments in float64.
+
+    Args:
+        log_p: frame log-probabilities, which hypotheses of the same utterance share.  The gradient
+            is with respect to them, whether they sum up to one or not.
+        labels: padded at the end with anything.
+        utterance: whose hypothesis each one is.
+
+    Returns:
+        log p(y|x); exactly 0 with zero gradient, never −inf, for a hypothesis without alignment:
+        ask ``feasible(frames[utterance], ...)`` which ones those are.
+    """
+    if not 0 <= blank < log_p.shape[-1]:
+        raise ValueError(f"blank is {blank}, the vocabulary has {log_p.shape[-1]} tokens")
+    labels = labels.masked_fill(_padding(labels, label_lengths), blank)
+    possible = feasible(frames[utterance], labels, label_lengths)
+    return _Hypotheses.apply(log_p, frames, labels, label_lengths, utterance, blank, possible)
+
+
+class _Hypotheses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, log_p, frames, labels, lengths, utterance, blank, possible):
+        n, t, v = log_p.shape
+        k, u = labels.shape
+        said = labels.new_full((k, 2 * u + 1), blank)  # k s
+        said[:, 1::2] = labels
+        time = torch.arange(t, device=log_p.device)[:, None, None]
+        place = (utterance[:, None] * t + time) * v + said  # t k s, in the flattened log_p
+        emit = log_p.reshape(-1)[place].double()
+        # A label may follow another one without a blank between them if it is not the same.
+        jump = torch.zeros_like(said, dtype=torch.bool)
+        jump[:, 3::2] = labels[:, 1:] != labels[:, :-1]
+        s = torch.arange(2 * u + 1, device=log_p.device)
+        final = (s == 2 * lengths[:, None]) | (s == 2 * lengths[:, None] - 1)
+        ends = final & (time == frames[utterance][:, None] - 1)  # t k s
+
+        alpha = torch.full_like(emit, -torch.inf)
+        alpha[:1, :, :2] = emit[:1, :, :2]
+        for before, now, e in zip(alpha, alpha[1:], emit[1:]):
+            torch.add(_arrive(before, jump), e, out=now)
+        total = alpha.masked_fill(~ends, -torch.inf).permute(1, 0, 2).flatten(1).logsumexp(1)
+        if ctx.needs_input_grad[0]:
+            beta = torch.full_like(emit, -torch.inf).masked_fill_(ends, 0.0)
+            for t in range(len(beta) - 2, -1, -1):
+                step = _leave(beta[t + 1] + emit[t + 1], jump)
+                torch.logaddexp(beta[t], step, out=beta[t])
+            share = (alpha + beta - total[:, None]).exp()
+            said_at_all = ~total.isneginf()[:, None]
+            ctx.save_for_backward(place, share.where(said_at_all, 0.0).to(log_p.dtype))
+            ctx.shape = log_p.shape
+        return torch.where(possible, total, 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        place, share = ctx.saved_tensors
+        out = share.new_zeros(ctx.shape.numel())
+        out.scatter_add_(0, place.flatten(), (grad[:, None] * share).to(share.dtype).flatten())
+        return out.view(ctx.shape), None, None, None, None, None, None
+
+
+def _arrive(x: Tensor, jump: Tensor) -> Tensor:
+    """log Σ over the states from which s can be reached: s, s − 1 and, by a jump, s − 2."""
+    out = x.clone()
+    torch.logaddexp(out[:, 1:], x[:, :-1], out=out[:, 1:])
+    skipped = x[:, :-2].masked_fill(~jump[:, 2:], -torch.inf)
+    torch.logaddexp(out[:, 2:], skipped, out=out[:, 2:])
+    return out
+
+
+def _leave(x: Tensor, jump: Tensor) -> Tensor:
+    """log Σ over the states that can be reached from s."""
+    out = x.clone()
+    torch.logaddexp(out[:, :-1], x[:, 1:], out=out[:, :-1])
+    skipped = x[:, 2:].masked_fill(~jump[:, 2:], -torch.inf)
+    torch.logaddexp(out[:, :-2], skipped, out=out[:, :-2])
+    return out
 
 
 def feasible(

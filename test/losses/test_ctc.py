@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from espnet_pl.losses.ctc import ctc, feasible
+from espnet_pl.losses.ctc import ctc, feasible, log_probability
 
 
 def collapse(path, blank):
@@ -120,3 +120,96 @@ def test_a_blank_outside_the_vocabulary_is_refused():
     logits, *rest = example()
     with pytest.raises(ValueError, match="blank is 3"):
         ctc(logits.log_softmax(-1), *rest, blank=3)
+
+
+# --- several hypotheses of an utterance ----------------------------------------------------------
+
+
+def hypotheses(blank=0, seed=0):
+    """Logits of two utterances, and hypotheses: repeats, an empty one, one that cannot be."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 4, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    a, b = [k for k in range(3) if k != blank]
+    labels = torch.tensor([[a, b, -1], [a, a, blank], [b, a, b], [-1, -1, -1], [b, b, b]])
+    owners = torch.tensor([0, 0, 1, 1, 1])
+    return logits, torch.tensor([4, 3]), labels, torch.tensor([2, 2, 3, 0, 3]), owners
+
+
+@pytest.mark.parametrize("blank", [0, 1, 2])
+def test_every_hypothesis_is_the_sum_over_its_alignments(blank):
+    logits, frames, labels, lengths, owners = hypotheses(blank)
+    weights = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.0], dtype=torch.float64)
+
+    def expected(log_p):
+        losses = []
+        for y, u, n in zip(labels, lengths, owners):
+            paths = itertools.product(range(3), repeat=int(frames[n]))
+            mass = [
+                sum(log_p[n, t, k] for t, k in enumerate(path))
+                for path in paths
+                if collapse(path, blank) == y[:u].tolist()
+            ]
+            losses.append(torch.stack(mass).logsumexp(0) if mass else log_p.new_zeros(()))
+        return torch.stack(losses)
+
+    both = []
+    for function in (
+        lambda x: log_probability(x, frames, labels, lengths, owners, blank),
+        expected,
+    ):
+        value = function(logits.log_softmax(-1))
+        both.append((value, *torch.autograd.grad((value * weights).sum(), logits)))
+    torch.testing.assert_close(*both, rtol=0, atol=1e-12)
+    assert both[0][0][4] == 0  # three equal labels need five frames
+    possible = [True, True, True, True, False]
+    assert feasible(frames[owners], labels, lengths).tolist() == possible
+
+
+def test_gradient_of_hypotheses_is_the_numerical_one():
+    log_p, *rest = hypotheses()
+    assert torch.autograd.gradcheck(lambda x: log_probability(x, *rest), (log_p,))
+
+
+def test_hypotheses_agree_with_torch():
+    g = torch.Generator().manual_seed(0)
+    log_p = torch.randn(3, 40, 20, generator=g, dtype=torch.float64).log_softmax(-1)
+    labels = torch.randint(1, 20, (3, 9), generator=g)
+    frames, lengths = torch.tensor([40, 22, 31]), torch.tensor([9, 4, 0])
+    ours = log_probability(log_p, frames, labels, lengths, torch.arange(3))
+    torch.testing.assert_close(ours, -ctc(log_p, frames, labels, lengths))
+
+
+def test_occupancies_sum_to_one_in_each_frame():
+    logits, frames, labels, lengths, owners = hypotheses()
+    log_p = logits.detach().log_softmax(-1).requires_grad_()
+    share = torch.autograd.grad(log_probability(log_p, frames, labels, lengths, owners)[2], log_p)[
+        0
+    ]
+    torch.testing.assert_close(share[1, :3].sum(-1), torch.ones(3, dtype=torch.float64))
+    assert not share[0].any() and not share[1, 3:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hypotheses_in_short_types_are_summed_in_float64(dtype):
+    log_p = torch.randn(1, 300, 30, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    log_p = log_p.to(dtype).requires_grad_()
+    labels = torch.arange(60)[None] % 29 + 1
+    call = torch.tensor([300]), labels, torch.tensor([60]), torch.tensor([0])
+    value = log_probability(log_p, *call)
+    torch.testing.assert_close(value, log_probability(log_p.double(), *call), rtol=0, atol=0)
+    gradient = torch.autograd.grad(value.sum(), log_p)[0]
+    assert gradient.dtype == dtype and gradient.isfinite().all()
+
+
+def test_hypotheses_that_nothing_can_say():
+    log_p = torch.full((2, 3, 4), -torch.inf, dtype=torch.float64)
+    log_p[0, :, 0] = 0.0
+    log_p.requires_grad_()
+    labels, lengths = torch.tensor([[1, 2], [3, 3]]), torch.tensor([2, 2])
+    frames = torch.tensor([3, 0])
+    value = log_probability(log_p, frames, labels, lengths, torch.tensor([0, 1]))
+    # The first has alignments, none of them with any probability; the second has none.
+    assert value[0].isneginf() and value[1] == 0
+    assert not torch.autograd.grad(value.sum(), log_p)[0].any()
+    none = torch.zeros(0, dtype=torch.long)
+    assert log_probability(log_p, frames, none.view(0, 2), none, none).shape == (0,)
