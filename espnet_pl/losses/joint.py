@@ -79,21 +79,21 @@ def planes(
     _check(joint, encoded, frames, predicted, utterance, tokens)
     valid = torch.arange(encoded.shape[1], device=encoded.device) < frames[utterance, None]
     nodes = valid if nodes is None else valid & nodes
-    asked = _Asked(joint.activation, len(frames), utterance, tokens, nodes, rest, skip)
+    asked = Asked(joint.activation, len(frames), utterance, tokens, nodes, rest, skip)
     return _Planes.apply(encoded, predicted, joint.weight, joint.bias, asked, known)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What a call is about, beside the tensors that may have a gradient."""
+class Asked:
+    """What is asked of a joint network, beside the tensors that may have a gradient."""
 
     activation: Callable[[Tensor], Tensor]
     utterances: int
-    utterance: Tensor
-    tokens: Tensor
-    nodes: Tensor
-    rest: bool
-    skip: float
+    utterance: Int[Tensor, " s"]
+    tokens: Int[Tensor, "s m"]
+    nodes: Bool[Tensor, "s t"]
+    rest: bool = False
+    skip: float = 0.0
 
     @property
     def padding(self) -> Bool[Tensor, "m s 1"]:
@@ -111,21 +111,15 @@ class _Asked:
 class _Planes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, encoded, predicted, weight, bias, asked, known):
-        ctx.asked, ctx.product = asked, _product_type(encoded)
+        ctx.asked, ctx.product = asked, product_type(encoded)
         m = asked.tokens.shape[1]
-        out = known
-        if known is None:
-            tile = _Tile(encoded, predicted, weight, bias, asked, ctx.product)
-            states, t = asked.nodes.shape
-            out = encoded.new_full((m + asked.rest, states * t), -torch.inf, dtype=tile.exact)
-            for index in tile.split(asked.nodes):
-                _, logits, tokens = tile.compute(index)
-                log_p = torch._log_softmax(logits, 1, False, out=logits)
-                out[:m, index] = log_p.gather(1, tokens).t()
-                if asked.rest:
-                    out[m, index] = log_p.scatter_(1, tokens, -torch.inf).logsumexp(1)
-            out = out.unflatten(1, (states, t))
-            out[:m].masked_fill_(asked.padding, -torch.inf)
+        out = known.clone() if known is not None else None
+        if out is None:
+            tile = Tile(encoded, predicted, weight, bias, asked, ctx.product)
+            out = tile.empty_planes()
+            for index in tile.split(asked.nodes.flatten().nonzero()[:, 0]):
+                out[:, index] = tile.log_probs(index)
+            out = out.unflatten(1, asked.nodes.shape)
         ctx.save_for_backward(encoded, predicted, weight, bias, out[m:].clone())
         return out
 
@@ -137,11 +131,11 @@ class _Planes(torch.autograd.Function):
         m = asked.tokens.shape[1]
         grad = torch.cat([grad[:m].masked_fill(asked.padding, 0.0), grad[m:]])
         nodes = asked.carrying(grad)
-        tile = _Tile(*inputs, asked, ctx.product)
+        tile = Tile(*inputs, asked, ctx.product)
         sums = [torch.zeros_like(x, dtype=tile.exact) for x in inputs]
         sums[0] = sums[0].flatten(0, 1)
         grad, rest = grad.flatten(1), rest.flatten()
-        for index in tile.split(nodes):
+        for index in tile.split(nodes.flatten().nonzero()[:, 0]):
             before, logits, tokens = tile.compute(index)
             p = torch.softmax(logits, 1, out=logits)
             g = grad[:, index].t()
@@ -159,13 +153,13 @@ class _Planes(torch.autograd.Function):
         return (*(s.to(x.dtype) for s, x in zip(sums, inputs)), None, None)
 
 
-class _Tile:
+class Tile:
     """Computes some nodes at a time, always in the same memory.
 
     Sums are taken in the type ``exact``; products in ``product``, which autocast may make shorter.
     """
 
-    def __init__(self, encoded, predicted, weight, bias, asked: _Asked, product: torch.dtype):
+    def __init__(self, encoded, predicted, weight, bias, asked: Asked, product: torch.dtype):
         self.exact = torch.promote_types(encoded.dtype, torch.float32)
         self.encoded = encoded.detach().to(self.exact).flatten(0, 1)
         self.predicted = predicted.detach().to(self.exact)
@@ -180,9 +174,24 @@ class _Tile:
         tanh = asked.activation is torch.tanh or isinstance(asked.activation, nn.Tanh)
         self.activation = _Tanh() if tanh else _Elementwise(asked.activation)
 
-    def split(self, nodes: Bool[Tensor, "s t"]) -> Sequence[Int[Tensor, " r"]]:
-        """The numbers of these nodes, some at a time."""
-        return nodes.flatten().nonzero()[:, 0].split(self.rows)
+    def split(self, index: Int[Tensor, " r"]) -> Sequence[Tensor]:
+        """These nodes, some at a time."""
+        return index.split(self.rows)
+
+    def empty_planes(self) -> Float[Tensor, "p r"]:
+        """Of no node yet: −inf."""
+        planes, nodes = self.tokens.shape[1] + self.asked.rest, self.asked.nodes.numel()
+        return self.logits.new_full((planes, nodes), -torch.inf)
+
+    def log_probs(self, index: Int[Tensor, " r"]) -> Float[Tensor, "p r"]:
+        """The planes at these nodes; −inf for padded tokens."""
+        _, logits, tokens = self.compute(index)
+        log_p = torch._log_softmax(logits, 1, False, out=logits)
+        padding = self.asked.tokens[index // self.t] < 0
+        planes = [log_p.gather(1, tokens).masked_fill_(padding, -torch.inf)]
+        if self.asked.rest:
+            planes.append(log_p.scatter_(1, tokens, -torch.inf).logsumexp(1, keepdim=True))
+        return torch.cat(planes, 1).t()
 
     def compute(self, index: Int[Tensor, " r"]):
         """Hidden vectors, logits, and the tokens asked for at these nodes."""
@@ -239,7 +248,8 @@ class _Elementwise:
         return torch.autograd.grad(self.y, self.x, grad.to(self.y.dtype))[0]
 
 
-def _product_type(x: Tensor) -> torch.dtype:
+def product_type(x: Tensor) -> torch.dtype:
+    """The type of matrix products with x: its own, or that of autocast."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
