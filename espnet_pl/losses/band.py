@@ -28,10 +28,12 @@ from torch import Tensor
 
 from espnet_pl.losses.joint import Tile
 
-BLOCK = 16  # frames: enough for tiles of a thousand nodes, and few enough to follow the labels
-REACH = 8  # states above those that are followed, for the labels of a block
-MARGIN = 6.0  # there are many arcs to leave by
-PASSES = 3
+BLOCK = 16  # frames: enough for tiles of some hundred nodes, and few enough to follow the labels
+REACH = 4  # states above those that are followed
+PACE = 1.0  # and for each frame behind the first of a block, times the labels of an average frame
+SHARE = 12.0  # of the first walk, which is to find log P to within little
+MARGIN = 3.0  # there are many arcs to leave by
+WALKS = 3
 MOST = 0.6  # of a lattice: beyond that, to compute all of it takes less time
 NEVER = -700.0  # the log of less than float64 can tell from 0 beside anything else
 
@@ -55,17 +57,22 @@ def band(
         hypothesis, 0 for those that were computed completely.
     """
     search = _Search(tile, states, columns, frames, lengths)
-    threshold = math.log(tolerance)
     gap = torch.full(frames.shape, torch.inf, dtype=torch.float64, device=frames.device)
-    share = torch.full_like(gap, MARGIN - threshold)
+    floor = torch.full_like(gap, -torch.inf)
     left = torch.arange(len(states), device=states.device)
-    for _ in range(PASSES):
-        log_p, leak = search.follow(left, share[left])
-        excess = torch.where(log_p.isneginf(), torch.inf, leak - log_p)
+    share, margin = SHARE, MARGIN
+    for _ in range(WALKS):
+        if not len(left):
+            break
+        log_p, leak = search.follow(left, share, floor[left])
+        # Labels that nobody can say count as e^NEVER in a walk: near that, nothing is certain.
+        excess = torch.where(log_p > NEVER / 2, leak - log_p, torch.inf)
         gap[left] = excess.exp().log1p()
-        share[left] += (excess - threshold).clamp(min=0) + 2
+        # What is lost by an arc is at most α: follow all that could be too much to lose.
+        floor[left] = log_p + math.log(tolerance) - margin
+        share, margin = torch.inf, margin + MARGIN
         left = left[(gap[left] > tolerance) & excess.isfinite()]
-    wide = gap > tolerance
+    wide = ~(gap <= tolerance)  # also what is not a number
     search.complete(wide)
     return search.planes, search.done, gap.masked_fill(wide, 0.0)
 
@@ -90,15 +97,17 @@ class _Search:
 
     def complete(self, which: Bool[Tensor, " k"]) -> None:
         """Compute all nodes of these hypotheses."""
+        time = torch.arange(self.tile.t, device=which.device)
         inside = (self.u <= self.lengths[:, None]) & which[:, None]
-        time = torch.arange(self.tile.t, device=inside.device)
-        self._compute(inside, time)
+        inside = inside[:, :, None] & (time < self.frames[:, None, None])
+        self._compute((self.states[:, :, None] * self.tile.t + time)[inside])
 
-    def follow(self, rows: Int[Tensor, " k"], share: Float[Tensor, " k"]):
+    def follow(self, rows: Int[Tensor, " k"], share: float, floor: Float[Tensor, " k"]):
         """Once through the frames, for these hypotheses.
 
         Args:
             share: how much less than the greatest an α may be and still be followed; its log.
+            floor: log of the least α that is followed.
 
         Returns:
             log P_B and log E; log P_B is −inf where the band became too wide to go on.
@@ -109,64 +118,69 @@ class _Search:
         leak = torch.full(frames.shape, -torch.inf, dtype=torch.float64)
         log_p, nodes = leak.clone(), torch.zeros_like(frames)
         most = MOST * frames * (lengths + 1)
+        pace = PACE * lengths / frames.clamp(min=1)
+        reach = torch.full_like(frames, REACH)
         for start in range(0, int(frames.max()) if len(rows) else 0, BLOCK):
-            followed = alpha >= (alpha.amax(1) - share)[:, None]
+            time = torch.arange(start, min(start + BLOCK, self.tile.t), device=rows.device)
+            least = floor.maximum(alpha.amax(1) - share)
+            followed = alpha >= least[:, None]
             followed &= ((frames > start) & (nodes < most))[:, None]
-            low = torch.where(followed, self.u, len(self.u)).amin(1, keepdim=True)
+            low = torch.where(followed, self.u, len(self.u)).amin(1)
             high = torch.where(followed, self.u, -1).amax(1)
-            reach = torch.full_like(high, REACH)
+            ahead = (pace[:, None] * (time - start)).long()
+            reach = (reach - 1).clamp(min=REACH)  # speech that was fast a moment ago still is
             while True:
-                top = torch.minimum(high + reach, lengths)
-                window = (self.u >= low) & (self.u <= top[:, None])
-                end, out, final = self._block(rows, window, top, alpha, start)
-                # Labels that leave with more than the share: there is more to see.
-                short = (out > end.amax(1).maximum(final) - share) & (top < lengths)
+                top = torch.minimum((high + reach)[:, None] + ahead, lengths[:, None])  # k t
+                end, out, final, size = self._block(rows, low, top, alpha, time)
+                # Labels that leave with more than that: there is more to see.
+                short = (out > least) & (high >= 0)
                 if not short.any():
                     break
                 reach = torch.where(short, 2 * reach, reach)
-            lost = alpha.masked_fill(window, -torch.inf).logsumexp(1)
-            leak = leak.logaddexp(out).logaddexp(lost)
-            nodes += window.sum(1) * BLOCK
+            outside = (self.u < low[:, None]) | (self.u > top[:, :1])
+            leak = leak.logaddexp(out)
+            leak = leak.logaddexp(alpha.masked_fill(~outside, -torch.inf).logsumexp(1))
+            nodes += size
             alpha, log_p = end, log_p.maximum(final)
         return log_p, leak
 
-    def _block(self, rows, window, top, alpha, start):
-        """α behind a block of frames; log of the probability to leave by a label, and to end."""
-        time = torch.arange(start, min(start + BLOCK, self.tile.t), device=rows.device)
-        frames, lengths = self.frames[rows], self.lengths[rows, None]
+    def _block(self, rows, low, top, alpha, time):
+        """α behind a block of frames; log of the probability to leave by a label, and to end.
+
+        Args:
+            low, top: the states of the window, (k,) and for each frame (k, t).
+        """
+        u, frames, lengths = self.u[:, None], self.frames[rows], self.lengths[rows]
+        window = (u >= low[:, None, None]) & (u <= top[:, None])  # k u1 t
+        window &= time < frames[:, None, None]
         blank, label = self._arcs(rows, window, time)
-        alpha = alpha.masked_fill(~window, -torch.inf)
-        out = torch.full_like(alpha[:, 0], -torch.inf)
-        final = out.clone()
+        blank = blank.masked_fill(~window, -torch.inf)
         # log of the probability of all labels before u: α(t,u) = before(u) + log Σ_{v ≤ u} …
-        before = label.masked_fill(~window[:, :, None], 0.0).cumsum(1).roll(1, 1)
-        before[:, 0] = 0.0
-        leaves = (top[:, None] < lengths) & (self.u == top[:, None])
-        for i, t in enumerate(time.tolist()):
-            here = before[:, :, i] + (alpha - before[:, :, i]).logcumsumexp(1)
-            here = here.masked_fill(~(window & (frames > t)[:, None]), -torch.inf)
-            gone = (here + label[:, :, i]).masked_fill(~leaves, -torch.inf)
-            out = out.logaddexp(gone.amax(1))
-            alpha = here + blank[:, :, i]
-            ends = (frames == t + 1)[:, None]
-            final = final.maximum(
-                alpha.masked_fill(~(ends & (self.u == lengths)), -torch.inf).amax(1)
-            )
-            alpha = alpha.masked_fill(ends, -torch.inf)
-        return alpha, out, final
+        before = torch.zeros_like(label)
+        before[:, 1:] = label.masked_fill(~window, 0.0).cumsum(1)[:, :-1]
+        here = torch.full_like(label, -torch.inf)
+        alpha = alpha.masked_fill(~window[:, :, 0], -torch.inf)
+        for now, b, y in zip(here.unbind(2), blank.unbind(2), before.unbind(2)):
+            torch.add((alpha - y).logcumsumexp(1), y, out=now)
+            alpha = now + b  # −inf outside of the window, which does not become narrower
+        here = here.masked_fill(~window, -torch.inf)
+        leaves = (u == top[:, None]) & (u < lengths[:, None, None])
+        out = (here + label).masked_fill(~leaves, -torch.inf).flatten(1).logsumexp(1)
+        ends = (u == lengths[:, None, None]) & (time == frames[:, None, None] - 1)
+        final = (here + blank).masked_fill(~ends, -torch.inf).flatten(1).amax(1)
+        going_on = (frames > int(time[-1]) + 1)[:, None]
+        return alpha.masked_fill(~going_on, -torch.inf), out, final, window.flatten(1).sum(1)
 
     def _arcs(self, rows, window, time):
         """Blanks and next labels in the window, (k, u1, t) in float64; computed if need be."""
-        self._compute(window, time, rows)
         index = self.states[rows][:, :, None] * self.tile.t + time
+        self._compute(index[window])
         blank = self.flat[0][index].double()
         label = self.flat[self.columns[rows][:, :, None], index].double().clamp(min=NEVER)
         return blank, label
 
-    def _compute(self, window, time, rows=slice(None)):
-        valid = window[:, :, None] & (time < self.frames[rows, None, None])
-        index = (self.states[rows][:, :, None] * self.tile.t + time)[valid]
-        index = index[~self.known[index]].unique()
+    def _compute(self, index):
+        index = index[~self.known[index]].unique()  # hypotheses may share states
         for part in self.tile.split(index):
             self.flat[:, part] = self.tile.log_probs(part)
         self.known[index] = True

@@ -26,8 +26,10 @@ from espnet_pl.losses.joint import Asked, Joint, Tile, planes, product_type
 from espnet_pl.losses.lattice import full_sum
 
 SKIP = 1e-6  # of the backward pass; see `joint.planes`
-TOLERANCE = 1e-6  # of log P, in nats; see `band.band`
-LARGE = 5e7  # multiplications in a frame: one or two milliseconds, ten times the search for a band
+TOLERANCE = 1e-5  # of log P, in nats; see `band.band`
+LARGE = (
+    2e7  # multiplications in a frame: half a millisecond, twice what the search for a band takes
+)
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,9 @@ def test_a_path_that_looks_hopeless_at_first_is_found(doubt):
 
 
 def test_a_search_that_starts_too_narrow_ends_with_the_whole(monkeypatch):
-    monkeypatch.setattr(module, "MARGIN", -13.8)  # follow the best state only
+    monkeypatch.setattr(module, "SHARE", 0.0)  # follow the best state only
     monkeypatch.setattr(module, "REACH", 1)
-    monkeypatch.setattr(module, "PASSES", 1)
+    monkeypatch.setattr(module, "WALKS", 1)
     tile = Given(lattice(2, 60, 12, 3.0, seed=0))
     frames, lengths = torch.tensor([60, 48]), torch.tensor([12, 10])
     found, gap = tile.band(frames, lengths)

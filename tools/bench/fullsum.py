@@ -1,0 +1,314 @@
+"""Joint network and RNN-T loss, forward and backward: ours against what else can be had.
+
+    python3 tools/bench/fullsum.py [--shape 4,400,100,1000]... [--trained DIR] [--peers PYTHON]
+        [--json FILE]
+
+Every variant gets the same inputs, in a fresh process, one thread: CPU time is the least of
+--repeat runs, memory the growth of the peak resident set, error the relative L2 distance of the
+gradients (encoder, predictor, weight, bias; the worst) to those of float64.  Peers are what a user
+would write: the joint network in PyTorch, then a loss that wants logits.  torchaudio's needs the
+torch it was built for, so its Python may be another: --peers (tools/bench/peers.sh makes one).
+
+--trained DIR adds the posteriors of a trained model (tools/bench/transducer_seed.sh): generated
+speech it was trained on, joined to the frames and labels of the shape, and labelled by itself.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = ["8,200,40,500", "4,400,100,1000", "16,100,20,100"]  # utterances, frames, labels, tokens
+JOINT = 512
+NAMES = ("encoded", "predicted", "weight", "bias")
+
+
+# --- variants: (inputs) -> log P, one number per utterance ----------------------------------------
+
+
+def ours(x, **how):
+    from espnet_pl.losses.joint import Joint
+    from espnet_pl.losses.transducer import hypotheses, log_probability
+
+    hyps = hypotheses(x["labels"], x["lengths"])
+    predicted = hyps.of_states(x["predicted"])
+    joint = Joint(x["weight"], x["bias"])
+    return log_probability(joint, x["encoded"], x["frames"], predicted, hyps, **how)
+
+
+def exact(x):
+    return ours(x, exact=True)
+
+
+def logits(x):
+    hidden = torch.tanh(x["encoded"][:, :, None] + x["predicted"][:, None])
+    return torch.nn.functional.linear(hidden, x["weight"], x["bias"])
+
+
+def torchaudio(x):
+    from torchaudio.functional import rnnt_loss
+
+    sizes = [x[name].int() for name in ("labels", "frames", "lengths")]
+    return -rnnt_loss(logits(x).float(), *sizes, blank=0, reduction="none")
+
+
+def espnet_numba(x):
+    from espnet2.asr.transducer.rnnt_multi_blank.rnnt_multi_blank import RNNTLossNumba
+
+    sizes = [x[name].int() for name in ("labels", "frames", "lengths")]
+    return -RNNTLossNumba(blank=0, reduction="none")(logits(x).float(), *sizes)
+
+
+VARIANTS = {
+    "ours": (ours, False),
+    "ours, exact": (exact, False),
+    "ours, bf16": (ours, True),
+    "eager + torchaudio": (torchaudio, False),
+    "eager + torchaudio, bf16": (torchaudio, True),
+    "eager + ESPnet's numba loss": (espnet_numba, False),
+}
+
+
+def run_one(name: str, folder: Path, repeat: int) -> dict:
+    """Time, memory and error of a variant, in this process."""
+    torch.set_num_threads(1)
+    function, short = VARIANTS[name]
+    x = torch.load(folder / "inputs.pt")
+    reference = folder / "reference.pt"
+    if name == "reference":
+        x |= {key: x[key].double() for key in NAMES}
+    tensors = [x[key].requires_grad_() for key in NAMES]
+    if name != "reference":  # the first call imports and chooses kernels
+        function({**x, **_corner(x)}).sum().backward()
+        for tensor in tensors:
+            tensor.grad = None
+    before = _reset_peak()
+    times = []
+    for _ in range(repeat):
+        began = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16, enabled=short):
+            log_p = function(x)
+        gradients = torch.autograd.grad(-log_p.sum(), tensors)
+        times.append(time.process_time() - began)
+    peak = _peak() - before
+    if name == "reference":
+        torch.save((log_p.detach(), gradients), reference)
+        return {}
+    exact_log_p, exact_gradients = torch.load(reference)
+    errors = [
+        ((mine.double() - theirs).norm() / theirs.norm()).item()
+        for mine, theirs in zip(gradients, exact_gradients)
+    ]
+    return {
+        "cpu_s": min(times),
+        "peak_mb": peak,
+        "gradient_error": max(errors),
+        "loss_error": ((log_p.double() - exact_log_p) / exact_log_p).abs().max().item(),
+        "torch": torch.__version__,
+    }
+
+
+VARIANTS["reference"] = (exact, False)
+
+
+def _corner(x):
+    """Few frames of the same inputs."""
+    few = {"encoded": x["encoded"][:, :2].detach().requires_grad_()}
+    return few | {"frames": x["frames"].clamp(max=2)}
+
+
+def _reset_peak() -> float:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    return _status("VmHWM")
+
+
+def _status(key: str) -> float:
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def random_inputs(n: int, t: int, u: int, v: int) -> dict:
+    """As after the initialisation of PyTorch's linear layers."""
+    g = torch.Generator().manual_seed(0)
+    bound = JOINT**-0.5
+    return {
+        "encoded": torch.randn(n, t, JOINT, generator=g) * 0.5,
+        "predicted": torch.randn(n, u + 1, JOINT, generator=g) * 0.5,
+        "weight": (torch.rand(v, JOINT, generator=g) * 2 - 1) * bound,
+        "bias": (torch.rand(v, generator=g) * 2 - 1) * bound,
+        "labels": torch.randint(1, v, (n, u), generator=g),
+        "frames": torch.full((n,), t),
+        "lengths": torch.full((n,), u),
+    }
+
+
+def trained_inputs(folder: Path, n: int, t: int, u: int) -> dict:
+    """Real speech through a trained model, labelled by its own greedy search."""
+    import soundfile
+    from espnet2.tasks.asr_transducer import ASRTransducerTask
+
+    files = folder / "model/config.yaml", folder / "model/model.pth"
+    net, args = ASRTransducerTask.build_model_from_file(*files, "cpu")
+    net.eval()
+    recipe = ROOT / "egs/mini_alnum/pl1"
+    scp = (recipe / "data/train_labelled/wav.scp").read_text().splitlines()
+    paths = iter(recipe / line.split(maxsplit=1)[1] for line in scp)
+    encoded, labels = [], []
+    with torch.no_grad():
+        for _ in range(n):
+            frames, speech = 0, []
+            while frames < t:
+                speech.append(torch.from_numpy(soundfile.read(next(paths), dtype="float32")[0]))
+                wave = torch.cat(speech)[None]
+                output, _ = net.encode(wave, torch.tensor([wave.shape[1]]))
+                frames = output.shape[1]
+            own, used = greedy(net, output[0, :t], u)
+            encoded.append(net.joint_network.lin_enc(output[0, :used]))
+            labels.append(own)
+        padded = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
+        start = padded.new_zeros(n, 1)
+        predicted = net.joint_network.lin_dec(net.decoder(torch.cat([start, padded], 1)))
+    return {
+        "encoded": torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True),
+        "predicted": predicted,
+        "weight": net.joint_network.lin_out.weight.detach(),
+        "bias": net.joint_network.lin_out.bias.detach(),
+        "labels": padded,
+        "frames": torch.tensor([len(e) for e in encoded]),
+        "lengths": torch.tensor([len(y) for y in labels]),
+    }
+
+
+def greedy(net, encoded, most: int):
+    """Labels, and the frames until there are more than ``most`` of them."""
+    labels = [0]
+    for t, frame in enumerate(encoded):
+        for _ in range(5):
+            predicted = net.decoder(torch.tensor([[labels[-1]]]))[0, 0]
+            best = int(net.joint_network(frame, predicted).argmax())
+            if best == 0:
+                break
+            if len(labels) > most:
+                return torch.tensor(labels[1:]), t
+            labels.append(best)
+    return torch.tensor(labels[1:]), len(encoded)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def measure(name: str, inputs: dict, title: str, args) -> dict[str, dict]:
+    """All variants that can run, one process each."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(inputs, Path(folder) / "inputs.pt")
+        for variant in ("reference", *(v for v in VARIANTS if v != "reference")):
+            found[variant] = start(variant, Path(folder), args, inputs)
+    reference = found.pop("reference")
+    if "why" in reference:
+        raise SystemExit(reference["why"])
+    return found
+
+
+def start(variant: str, folder: Path, args, inputs) -> dict:
+    """A variant in a process of its own; its figures, or why there are none."""
+    python = args.peers if "torchaudio" in variant and args.peers else sys.executable
+    if (
+        "numba" in variant
+        and inputs["encoded"][..., 0].numel() * inputs["labels"].shape[1] * len(inputs["bias"])
+        > 1e7
+    ):
+        return {"why": "left out: minutes at this size"}
+    command = [python, __file__, "--one", variant, "--folder", str(folder)]
+    repeat = 1 if variant == "reference" else args.repeat
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--repeat", str(repeat)], env=env, capture_output=True, text=True
+    )
+    if done.returncode:
+        return {"why": (done.stderr.strip().splitlines() or ["it died"])[-1][:100]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(found: dict[str, dict], peer: str = "eager + torchaudio") -> str:
+    """Markdown; ratios to the peer."""
+    base = found.get(peer, {})
+    lines = [
+        "|variant|CPU s|times as fast|extra MB|share of its memory|gradient error|loss error|",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found.items():
+        if "why" in row:
+            lines.append(f"|{name}|{row['why']}||||||")
+            continue
+        speed = f"{base['cpu_s'] / row['cpu_s']:.1f}" if "cpu_s" in base else ""
+        share = f"1/{base['peak_mb'] / row['peak_mb']:.0f}" if "cpu_s" in base else ""
+        lines.append(
+            f"|{name}|{row['cpu_s']:.3f}|{speed}|{row['peak_mb']:.0f}|{share}|"
+            f"{row['gradient_error']:.1e}|{row['loss_error']:.1e}|"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """All shapes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape", action="append", help=f"B,T,U,V (default: {' '.join(SHAPES)})")
+    parser.add_argument("--trained", type=Path, help="folder of a trained transducer's experiment")
+    parser.add_argument(
+        "--peers", help="a Python that has torchaudio and the torch it was built for"
+    )
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run_one(args.one, args.folder, args.repeat)))
+        return
+    result = {"machine": machine(), "cases": {}}
+    for shape in args.shape or SHAPES:
+        n, t, u, v = map(int, shape.split(","))
+        cases = {f"({shape}), random initialisation": random_inputs(n, t, u, v)}
+        if args.trained:
+            inputs = trained_inputs(args.trained, n, t, u)
+            if len(inputs["bias"]) == v:
+                cases[f"({shape}), trained"] = inputs
+        for title, inputs in cases.items():
+            found = measure(shape, inputs, title, args)
+            result["cases"][title] = found
+            sizes = f"{inputs['frames'].tolist()} frames, {inputs['lengths'].tolist()} labels"
+            print(f"\n{title}: {sizes}\n\n{table(found)}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def machine() -> dict:
+    """Where the figures are from."""
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": model[1] if model else "unknown",
+        "bf16": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+if __name__ == "__main__":
+    main()
