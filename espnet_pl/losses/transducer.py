@@ -7,7 +7,8 @@ Two hypotheses of an utterance share the states of their common prefixes, or, wi
 remembers c labels only, of prefixes with the same last c labels: a pair (s,t) is computed once for
 all of them (`joint.planes`).  The sum is `lattice.full_sum`.
 
-The RNN-T loss is −log P(y|x); other losses of the same numbers need gradients of any sign.
+The RNN-T loss is −log P(y|x); other losses of the same numbers need gradients of any sign.  Where
+somebody else has computed the logits of all nodes, `log_probability_of_logits` takes those.
 
 Source: Graves, "Sequence Transduction with Recurrent Neural Networks", arXiv:1211.3711.  Sharing
 the joint network's nodes between hypotheses is ours.
@@ -24,6 +25,7 @@ from torch import Tensor
 from espnet_pl.losses.band import band
 from espnet_pl.losses.joint import Asked, Joint, Tile, planes, product_type
 from espnet_pl.losses.lattice import full_sum
+from espnet_pl.losses.logits import planes_of_logits
 
 SKIP = 1e-6  # of the backward pass; see `joint.planes`
 TOLERANCE = 1e-5  # of log P, in nats; see `band.band`
@@ -120,10 +122,42 @@ def log_probability(
         nodes=nodes, known=known, skip=0.0 if exact else SKIP,
     )  # fmt: skip
     blank = log_p[0, hyps.states]
-    label = log_p[hyps.columns, hyps.states[:, :-1]]
+    label = _emitting(log_p[hyps.columns, hyps.states[:, :-1]], fast_emit)
+    return full_sum(blank, label, frames[hyps.utterance], hyps.lengths)
+
+
+def log_probability_of_logits(
+    logits: Float[Tensor, "n t u1 v"],
+    frames: Int[Tensor, " n"],
+    labels: Int[Tensor, "n u"],
+    lengths: Int[Tensor, " n"],
+    *,
+    blank: int = 0,
+    fast_emit: float = 0.0,
+    in_place: bool = False,
+) -> Float[Tensor, " n"]:
+    """log P of one hypothesis for each utterance, in float64; −inf if it has no frame.
+
+    Args:
+        logits: of the joint network at each frame and after each prefix of the labels.
+        frames: valid frames of each utterance.
+        labels: padded at the end with anything.
+        lengths: valid labels of each utterance.
+        fast_emit: see ``log_probability``.
+        in_place: the gradient overwrites the logits; see ``logits.planes_of_logits``.
+
+    Raises:
+        ValueError: shapes that do not fit together, a token outside of the vocabulary, or a blank
+            among the labels.
+    """
+    log_p = planes_of_logits(logits, frames, labels, lengths, blank=blank, in_place=in_place)
+    return full_sum(log_p[0], _emitting(log_p[1, :, :-1], fast_emit), frames.long(), lengths.long())
+
+
+def _emitting(label: Tensor, fast_emit: float) -> Tensor:
     if fast_emit and label.requires_grad:
         label.register_hook(lambda grad: grad * (1 + fast_emit))
-    return full_sum(blank, label, frames[hyps.utterance], hyps.lengths)
+    return label
 
 
 @torch.no_grad()
