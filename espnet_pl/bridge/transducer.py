@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espnet_pl.bridge.recogniser import Recogniser
 from espnet_pl.losses.joint import Joint
-from espnet_pl.losses.transducer import Hypotheses, hypotheses, log_probability
+from espnet_pl.losses.transducer import Hypotheses, hypotheses, log_probability, self_test
 from espnet_pl.methods.base import ConfigError, Utterances
 from espnet_pl.parts.decoding import pad
 
@@ -52,7 +52,9 @@ def lend_loss(net: ESPnetASRTransducerModel) -> ESPnetASRTransducerModel:
 
     Raises:
         ConfigError: a joint network that is more than a function of each element.
+        RuntimeError: on this machine the loss is not what it should be.
     """
+    self_test()
     if net.use_k2_pruned_loss:
         raise ConfigError("model_conf: use_k2_pruned_loss replaces the loss; leave it out")
     if next(net.joint_network.joint_activation.parameters(), None) is not None:

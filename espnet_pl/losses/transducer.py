@@ -16,6 +16,8 @@ Axes: n utterances, k hypotheses, t frames, u labels, u1 = u + 1, s predictor st
 all utterances, m tokens read in a state, j joint dimensions.  Unit: nats per hypothesis.
 """
 
+import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -152,6 +154,67 @@ def log_probability_of_logits(
     """
     log_p = planes_of_logits(logits, frames, labels, lengths, blank=blank, in_place=in_place)
     return full_sum(log_p[0], _emitting(log_p[1, :, :-1], fast_emit), frames.long(), lengths.long())
+
+
+@functools.cache
+def self_test() -> None:
+    """Compare the losses and their gradients with a sum written out; once in a process.
+
+    It takes milliseconds.  A loss that is a little wrong trains for days before anyone notices.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = encoded, predicted, weight, bias = [
+            torch.linspace(-9, 9, m * k * j, dtype=torch.float64, device="cpu")
+            .sin()
+            .view(m, k, j)
+            .requires_grad_()
+            for m, k, j in ((2, 3, 2), (2, 3, 2), (1, 4, 2), (1, 1, 4))
+        ]
+        joint = Joint(weight[0], bias[0, 0])
+        logits = torch.tanh(encoded[:, :, None] + predicted[:, None]) @ joint.weight.t() + bias
+        frames, lengths, labels = (
+            torch.tensor(x, device="cpu") for x in ([3, 2], [2, 1], [[0, 2], [1, 3]])
+        )
+        hyps = hypotheses(labels, lengths, blank=3)
+        states = hyps.of_states(predicted)
+        expected = _written_out(logits.log_softmax(-1), frames, labels, lengths, blank=3)
+        for name, log_p in (
+            ("log_probability", log_probability(joint, encoded, frames, states, hyps, exact=True)),
+            (
+                "log_probability_of_logits",
+                log_probability_of_logits(logits, frames, labels, lengths, blank=3),
+            ),
+        ):
+            of = [
+                [x, *torch.autograd.grad(x[0] - 0.5 * x[1], inputs, retain_graph=True)]
+                for x in (log_p, expected)
+            ]
+            if not all(torch.allclose(x, y, rtol=0, atol=1e-9) for x, y in zip(*of)):
+                raise RuntimeError(
+                    f"the transducer loss computes something else here: {name} or its gradient is "
+                    "not the sum over all alignments, and nothing should be trained with it. "
+                    f"Reinstall espnet_pl and torch ({torch.__version__}); tools/test.sh "
+                    "test/losses shows more"
+                )
+
+
+def _written_out(log_p, frames, labels, lengths, blank):
+    """Every order of T − 1 blanks and U labels, and the last blank."""
+    sums = []
+    for p, t_end, y, u_end in zip(log_p, frames.tolist(), labels.tolist(), lengths.tolist()):
+        alignments = []
+        for labels_at in itertools.combinations(range(t_end - 1 + u_end), u_end):
+            t, u, total = 0, 0, p[t_end - 1, u_end, blank]
+            for step in range(t_end - 1 + u_end):
+                said = step in labels_at
+                total = total + p[t, u, y[u] if said else blank]
+                t, u = t + (not said), u + said
+            alignments.append(total)
+        sums.append(torch.stack(alignments).logsumexp(0))
+    return torch.stack(sums)
 
 
 def _emitting(label: Tensor, fast_emit: float) -> Tensor:

@@ -11,6 +11,7 @@ from espnet2.tasks.asr_transducer import ASRTransducerTask
 from espnet_pl.bridge.export import export
 from espnet_pl.bridge.train import ConfigError, main
 from espnet_pl.bridge.transducer import TransducerRecogniser, lend_loss
+from espnet_pl.losses import transducer
 from espnet_pl.losses.lattice import full_sum
 from espnet_pl.methods.base import Utterances
 from test.bridge.conftest import TRANSDUCER
@@ -154,3 +155,11 @@ def test_an_activation_with_parameters_is_refused():
     net.joint_network.joint_activation = torch.nn.PReLU()
     with pytest.raises(ConfigError, match="an activation with parameters"):
         lend_loss(net)
+
+
+def test_a_wrong_sum_is_refused_before_training(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(transducer, "full_sum", lambda *a: full_sum(*a) + 1e-3)
+    transducer.self_test.cache_clear()
+    with pytest.raises(RuntimeError, match="nothing should be trained with it"):
+        main(arguments("supervised", base=TRANSDUCER))
+    assert not [*tmp_path.glob("exp/*.pth")]

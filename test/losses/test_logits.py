@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espnet_pl.losses import logits as tiles
+from espnet_pl.losses import transducer
 from espnet_pl.losses.joint import Joint
 from espnet_pl.losses.transducer import (
     hypotheses,
     log_probability,
     log_probability_of_logits,
+    self_test,
 )
 from test.losses.test_lattice import brute_force
 
@@ -230,3 +232,45 @@ def test_what_does_not_fit_is_refused(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         tiles._check(*call.values())  # in tests, annotations come before it
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient", "logits", "no number"])
+def test_a_loss_that_is_off_is_noticed(fault, monkeypatch):
+    self_test.cache_clear()
+    self_test()
+    true = transducer.full_sum
+
+    def off(blank, label, frames, lengths):
+        if fault == "value":
+            return true(blank, label, frames, lengths) + 1e-6
+        if fault == "no number":
+            return true(blank, label, frames, lengths) * torch.nan
+        label = label + 1e-6 * (label - label.detach())  # right value, wrong gradient
+        return true(blank, label, frames, lengths)
+
+    if fault == "logits":
+        planes = transducer.planes_of_logits
+        monkeypatch.setattr(
+            transducer, "planes_of_logits", lambda *a, **k: planes(*a, **k) * (1 + 1e-6)
+        )
+    else:
+        monkeypatch.setattr(transducer, "full_sum", off)
+    self_test()  # once in a process is enough
+    self_test.cache_clear()
+    for _ in range(2):  # a failure is not forgotten
+        with pytest.raises(RuntimeError, match="is not the sum over all alignments"):
+            self_test()
+    monkeypatch.undo()
+    self_test()
+
+
+def test_the_self_test_runs_in_any_state():
+    state = torch.get_rng_state()
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        self_test.cache_clear()
+        with context:
+            self_test()
+    with torch.device("meta"):  # where a model is built without memory
+        self_test.cache_clear()
+        self_test()
+    assert torch.equal(torch.get_rng_state(), state)
