@@ -16,15 +16,19 @@ class Recogniser(nn.Module):
     """CTC and attention/CTC models of ESPnet's ``asr`` task.
 
     Transducers (ESPnet's ``asr_transducer`` task) are another student; a method sees no difference.
+    Those of the ``asr`` task have no score here: they are trained, and give CTC's frames.
     """
 
     def __init__(self, net: ESPnetASRModel) -> None:
         super().__init__()
         self.net = net
         self.blank = net.blank_id
-        self.answers = frozenset(
-            ["supervised", *(["frame_log_probs", "score"] if net.ctc is not None else [])]
-        )
+        answers = {"supervised"}
+        if net.ctc is not None:
+            answers.add("frame_log_probs")
+            if not net.use_transducer_decoder:
+                answers.add("score")
+        self.answers = frozenset(answers)
 
     def supervised(self, x: Utterances) -> tuple[Tensor, dict[str, Tensor]]:
         """ESPnet's own forward pass, untouched."""

@@ -82,7 +82,16 @@ class _Learning:
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> PLModel:
         """The stock model of the stock options, inside a ``PLModel``."""
-        net = super().build_model(args)
+        try:
+            net = super().build_model(args)
+        except ModuleNotFoundError as error:
+            if error.name != "warprnnt_pytorch":
+                raise
+            raise ConfigError(
+                f"decoder: {args.decoder} of task asr needs the module warprnnt_pytorch, for "
+                "decoding too: tools/install_warprnnt.sh installs one that is not compiled. "
+                "Transducers of task asr_transducer do without"
+            ) from None
         # ESPnet looks for these names after building, where they have our prefix.
         for prefix in args.freeze_param:
             mine = [
