@@ -31,9 +31,7 @@ from espnet_pl.losses.logits import planes_of_logits
 
 SKIP = 1e-6  # of the backward pass; see `joint.planes`
 TOLERANCE = 1e-5  # of log P, in nats; see `band.band`
-LARGE = (
-    2e7  # multiplications in a frame: half a millisecond, twice what the search for a band takes
-)
+LARGE = 2e7  # multiplications in a frame; they take twice as long as the search for a band
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,8 @@ def log_probability(
         frames: valid frames of each utterance.
         predicted: projected predictor output in each state.
         exact: compute every node, forward and backward.  Otherwise log P may be less than it is by
-            at most a millionth, which is certified (`band.band`), and nodes are left out of the
-            backward pass whose gradient is less than a millionth of their utterance's greatest.
+            at most 1e-5, which is certified (`band.band`), and nodes are left out of the backward
+            pass whose gradient is less than a millionth of their utterance's greatest.
         fast_emit: λ of Yu et al., "FastEmit", arXiv:2010.11148: the gradient of label arcs is taken
             1 + λ times; the value stays as it is.
     """
