@@ -15,6 +15,7 @@ speech it was trained on, joined to the frames and labels of the shape, and labe
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -38,7 +39,8 @@ def ours(x, **how):
     from espnet_pl.losses.joint import Joint
     from espnet_pl.losses.transducer import hypotheses, log_probability
 
-    hyps = hypotheses(x["labels"], x["lengths"])
+    own = torch.arange(len(x["labels"])) if x["context"] else None
+    hyps = hypotheses(x["labels"], x["lengths"], own, context=x["context"])
     predicted = hyps.of_states(x["predicted"])
     joint = Joint(x["weight"], x["bias"])
     return log_probability(joint, x["encoded"], x["frames"], predicted, hyps, **how)
@@ -67,6 +69,30 @@ def espnet_numba(x):
     return -RNNTLossNumba(blank=0, reduction="none")(logits(x).float(), *sizes)
 
 
+def ours_given(x, in_place=False):
+    from espnet_pl.losses.transducer import log_probability_of_logits
+
+    sizes = [x[name] for name in ("frames", "labels", "lengths")]
+    return log_probability_of_logits(x["logits"], *sizes, in_place=in_place)
+
+
+def ours_in_place(x):
+    return ours_given(x, in_place=True)
+
+
+def torchaudio_given(x):
+    from torchaudio.functional import rnnt_loss
+
+    sizes = [x[name].int() for name in ("labels", "frames", "lengths")]
+    return -rnnt_loss(x["logits"], *sizes, blank=0, reduction="none")
+
+
+# Without the joint network: what the loss alone takes, if somebody has the logits.
+GIVEN = {
+    "ours, logits given": ours_given,
+    "ours, logits given, in place": ours_in_place,
+    "torchaudio, logits given": torchaudio_given,
+}
 VARIANTS = {
     "ours": (ours, False),
     "ours, exact": (exact, False),
@@ -90,7 +116,7 @@ def run_one(name: str, folder: Path, repeat: int) -> dict:
         function({**x, **_corner(x)}).sum().backward()
         for tensor in tensors:
             tensor.grad = None
-    before = _reset_peak()
+    before = reset_peak()
     times = []
     for _ in range(repeat):
         began = time.process_time()
@@ -98,7 +124,7 @@ def run_one(name: str, folder: Path, repeat: int) -> dict:
             log_p = function(x)
         gradients = torch.autograd.grad(-log_p.sum(), tensors)
         times.append(time.process_time() - began)
-    peak = _peak() - before
+    peak = status("VmHWM") - before
     if name == "reference":
         torch.save((log_p.detach(), gradients), reference)
         return {}
@@ -119,22 +145,41 @@ def run_one(name: str, folder: Path, repeat: int) -> dict:
 VARIANTS["reference"] = (exact, False)
 
 
+def run_given(name: str, folder: Path, repeat: int) -> dict:
+    """Time and memory of a loss that is given logits, in this process."""
+    torch.set_num_threads(1)
+    x = torch.load(folder / "inputs.pt")
+    with torch.no_grad():
+        dense = logits(x)
+    times, peak = [], 0.0
+    for _ in range(repeat):
+        x["logits"] = dense.clone().requires_grad_()
+        before = reset_peak()
+        began = time.process_time()
+        log_p = GIVEN[name](x)
+        gradient = torch.autograd.grad(-log_p.sum(), x["logits"])
+        times.append(time.process_time() - began)
+        peak = status("VmHWM") - before
+        del gradient
+    exact_log_p, _ = torch.load(folder / "reference.pt")
+    error = ((log_p.detach().double() - exact_log_p) / exact_log_p).abs().max().item()
+    return {"cpu_s": min(times), "peak_mb": peak, "loss_error": error, "torch": torch.__version__}
+
+
 def _corner(x):
     """Few frames of the same inputs."""
     few = {"encoded": x["encoded"][:, :2].detach().requires_grad_()}
     return few | {"frames": x["frames"].clamp(max=2)}
 
 
-def _reset_peak() -> float:
+def reset_peak() -> float:
+    """The resident set in MB; from now on its peak is counted anew."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _peak() -> float:
-    return _status("VmHWM")
-
-
-def _status(key: str) -> float:
+def status(key: str) -> float:
+    """A line of this process's status, in MB."""
     return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
@@ -153,6 +198,7 @@ def random_inputs(n: int, t: int, u: int, v: int) -> dict:
         "labels": torch.randint(1, v, (n, u), generator=g),
         "frames": torch.full((n,), t),
         "lengths": torch.full((n,), u),
+        "context": None,
     }
 
 
@@ -190,6 +236,7 @@ def trained_inputs(folder: Path, n: int, t: int, u: int) -> dict:
         "labels": padded,
         "frames": torch.tensor([len(e) for e in encoded]),
         "lengths": torch.tensor([len(y) for y in labels]),
+        "context": None,
     }
 
 
@@ -216,7 +263,7 @@ def measure(name: str, inputs: dict, title: str, args) -> dict[str, dict]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(inputs, Path(folder) / "inputs.pt")
-        for variant in ("reference", *(v for v in VARIANTS if v != "reference")):
+        for variant in ("reference", *(v for v in VARIANTS if v != "reference"), *GIVEN):
             found[variant] = start(variant, Path(folder), args, inputs)
     reference = found.pop("reference")
     if "why" in reference:
@@ -244,9 +291,8 @@ def start(variant: str, folder: Path, args, inputs) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(found: dict[str, dict], peer: str = "eager + torchaudio") -> str:
-    """Markdown; ratios to the peer."""
-    base = found.get(peer, {})
+def table(found: dict[str, dict]) -> str:
+    """Markdown; ratios to torchaudio, with and without the joint network."""
     lines = [
         "|variant|CPU s|times as fast|extra MB|share of its memory|gradient error|loss error|",
         "|---|---|---|---|---|---|---|",
@@ -255,11 +301,12 @@ def table(found: dict[str, dict], peer: str = "eager + torchaudio") -> str:
         if "why" in row:
             lines.append(f"|{name}|{row['why']}||||||")
             continue
+        base = found["torchaudio, logits given" if name in GIVEN else "eager + torchaudio"]
         speed = f"{base['cpu_s'] / row['cpu_s']:.1f}" if "cpu_s" in base else ""
         share = f"1/{base['peak_mb'] / row['peak_mb']:.0f}" if "cpu_s" in base else ""
         lines.append(
             f"|{name}|{row['cpu_s']:.3f}|{speed}|{row['peak_mb']:.0f}|{share}|"
-            f"{row['gradient_error']:.1e}|{row['loss_error']:.1e}|"
+            f"{row.get('gradient_error', math.nan):.1e}|{row['loss_error']:.1e}|"
         )
     return "\n".join(lines)
 
@@ -276,11 +323,12 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[*VARIANTS, *GIVEN], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(run_one(args.one, args.folder, args.repeat)))
+        run = run_given if args.one in GIVEN else run_one
+        print(json.dumps(run(args.one, args.folder, args.repeat)))
         return
     result = {"machine": machine(), "cases": {}}
     for shape in args.shape or SHAPES:
@@ -290,6 +338,8 @@ def main() -> None:
             inputs = trained_inputs(args.trained, n, t, u)
             if len(inputs["bias"]) == v:
                 cases[f"({shape}), trained"] = inputs
+                # What its predictor is: it remembers one label.
+                cases[f"({shape}), trained, states shared"] = {**inputs, "context": 1}
         for title, inputs in cases.items():
             found = measure(shape, inputs, title, args)
             result["cases"][title] = found
