@@ -7,9 +7,10 @@ import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from torch import Tensor, nn
 
-from espnet_pl.losses.ctc import ctc, feasible
+from espnet_pl.losses.ctc import ctc, feasible, log_probability
 from espnet_pl.methods.base import Utterances
 from espnet_pl.parts.decoding import pad
+from espnet_pl.parts.search import Proposal, flat, prefix_search, rank
 
 
 class Recogniser(nn.Module):
@@ -27,7 +28,7 @@ class Recogniser(nn.Module):
         if net.ctc is not None:
             answers.add("frame_log_probs")
             if not net.use_transducer_decoder:
-                answers.add("score")
+                answers |= {"score", "propose"}
         self.answers = frozenset(answers)
 
     def supervised(self, x: Utterances) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,12 +51,26 @@ class Recogniser(nn.Module):
         encoded, frames = self._encode(x)
         log_p, frames = self._frames(encoded, frames)
         text, lengths = pad(labels, log_p.device)
-        log_p_y = -ctc(log_p, frames, text, lengths, self.blank)
-        if self.net.ctc_weight < 1.0:
-            attention = -self.net.nll(encoded, frames, text, lengths)
-            log_p_y = self.net.ctc_weight * log_p_y + (1 - self.net.ctc_weight) * attention
+        log_p_y = self._with_attention(
+            -ctc(log_p, frames, text, lengths, self.blank), encoded, frames, text, lengths
+        )
         never = torch.full_like(log_p_y, -torch.inf)
         return torch.where(feasible(frames, text, lengths), log_p_y, never)
+
+    def propose(self, x: Utterances, beam: int) -> list[list[Proposal]]:
+        """The likeliest sequences of the CTC layer, with the scores of ``score`` in float64."""
+        encoded, frames = self._encode(x)
+        log_p, frames = self._frames(encoded, frames)
+        found = prefix_search(log_p, frames, beam, blank=self.blank)
+        text, lengths, of = flat(found, encoded.device)
+        log_p_y = log_probability(log_p, frames, text, lengths, of, self.blank)
+        return rank(found, self._with_attention(log_p_y, encoded[of], frames[of], text, lengths))
+
+    def _with_attention(self, log_p_ctc, encoded, frames, text, lengths) -> Tensor:
+        weight = self.net.ctc_weight
+        if weight == 1.0:
+            return log_p_ctc
+        return weight * log_p_ctc - (1 - weight) * self.net.nll(encoded, frames, text, lengths)
 
     def _encode(self, x: Utterances) -> tuple[Tensor, Tensor]:
         encoded, frames = self.net.encode(x.speech, x.speech_lengths)

@@ -9,6 +9,7 @@ names it has: what is trained decodes where espnet_pl is not installed.
 from typing import Any, NamedTuple
 
 import torch
+from espnet2.asr_transducer.beam_search_transducer import Hypothesis
 from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
 from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerModel
 from espnet2.asr_transducer.joint_network import JointNetwork
@@ -19,6 +20,7 @@ from espnet_pl.losses.joint import Joint
 from espnet_pl.losses.transducer import Hypotheses, hypotheses, log_probability, self_test
 from espnet_pl.methods.base import ConfigError, Utterances
 from espnet_pl.parts.decoding import pad
+from espnet_pl.parts.search import Proposal, flat, prefix_search, rank
 
 
 class TransducerRecogniser(Recogniser):
@@ -33,7 +35,7 @@ class TransducerRecogniser(Recogniser):
         self.net = lend_loss(net)
         self.blank = 0
         frames = ["frame_log_probs"] if net.use_auxiliary_ctc else []
-        self.answers = frozenset(["supervised", "score", *frames])
+        self.answers = frozenset(["supervised", "score", "propose", *frames])
 
     def score(self, x: Utterances, labels: list[list[int]]) -> Tensor:
         """log P(y|x) over all alignments, (n,) nats."""
@@ -41,6 +43,20 @@ class TransducerRecogniser(Recogniser):
         text, lengths = pad(labels, encoded.device)
         own = torch.arange(len(labels), device=encoded.device)
         return self.net.log_probability(encoded, frames, text, lengths, own)
+
+    def propose(self, x: Utterances, beam: int) -> list[list[Proposal]]:
+        """The best path, and the likeliest sequences of the CTC layer if there is one.
+
+        Each has its full sum: no search through the transducer is as wide, or as fast.
+        """
+        encoded, frames = self._encode(x)
+        found = [[Proposal(y, 0.0)] for y in self.net.best_path(encoded, frames)]
+        if self.net.use_auxiliary_ctc and beam > 1:
+            several = prefix_search(*self._frames(encoded, frames), beam, blank=self.blank)
+            for own, more in zip(found, several):
+                own += [p for p in more if p.labels != own[0].labels][: beam - 1]
+        text, lengths, of = flat(found, encoded.device)
+        return rank(found, self.net.log_probability(encoded, frames, text, lengths, of))
 
     def _frames(self, encoded: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         hidden = nn.functional.dropout(encoded, self.net.ctc_dropout_rate, self.training)
@@ -90,6 +106,40 @@ class _Transducer(ESPnetASRTransducerModel):
         predicted = hyps.of_states(self.decoder(torch.cat([start, labels], 1)))
         network = self.joint_network
         return self._full_sum(network.lin_enc(encoded), frames, network.lin_dec(predicted), hyps)
+
+    @torch.no_grad()
+    def best_path(self, encoded: Tensor, frames: Tensor, most: int = 5) -> list[list[int]]:
+        """The likeliest label or blank at each step, for all utterances at once.
+
+        Args:
+            most: labels in a frame at most.
+        """
+        network, decoder = self.joint_network, self.decoder
+        decoder.set_device(encoded.device)
+        own = [Hypothesis(0.0, [0], decoder.init_state(1)) for _ in encoded]
+        projected = network.lin_enc(encoded)
+        nothing = projected.new_zeros(len(own), projected.shape[2])
+        predicted = self._predict(own, [*range(len(own))], nothing)
+        for t, frame in enumerate(projected.unbind(1)):
+            going = (frames > t).nonzero()[:, 0]
+            for _ in range(most):
+                hidden = network.joint_activation(frame[going] + predicted[going])
+                best = network.lin_out(hidden).argmax(1)
+                going, best = going[best != 0], best[best != 0]
+                if not len(going):
+                    break
+                for i, label in zip(going.tolist(), best.tolist()):
+                    own[i].yseq.append(label)
+                predicted = self._predict(own, going.tolist(), predicted)
+        return [h.yseq[1:] for h in own]
+
+    def _predict(self, own, which, predicted: Tensor) -> Tensor:
+        """The projected predictor output (n, j), new for these hypotheses; they keep its state."""
+        output, states = self.decoder.batch_score([own[i] for i in which])
+        for place, i in enumerate(which):
+            own[i].dec_state = self.decoder.select_state(states, place)
+        rows = torch.tensor(which, device=output.device)
+        return predicted.index_copy(0, rows, self.joint_network.lin_dec(output))
 
     def _calc_transducer_loss(self, encoder_out, joint_out, target, t_len, u_len):
         own = torch.arange(len(target), device=target.device)

@@ -97,6 +97,7 @@ class Asked:
 
     @property
     def padding(self) -> Bool[Tensor, "m s 1"]:
+        """True where no token is asked for."""
         return (self.tokens.t() < 0)[:, :, None]
 
     def carrying(self, grad: Float[Tensor, "p s t"]) -> Bool[Tensor, "s t"]:

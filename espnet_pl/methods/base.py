@@ -21,6 +21,7 @@ from espnet_pl.data.pairing import Pairing
 from espnet_pl.data.views import at_speed, draw
 from espnet_pl.parts.cache import PseudoLabelCache
 from espnet_pl.parts.pseudo_labels import agree, label_statistics, propose, pseudo_loss
+from espnet_pl.parts.search import Proposal
 
 
 class ConfigError(ValueError):
@@ -86,6 +87,9 @@ class Student(Protocol):
 
     def score(self, x: Utterances, labels: list[list[int]]) -> Float[Tensor, " n"]:
         """log p(label|x) under the training criterion, in nats; −inf if it cannot be aligned."""
+
+    def propose(self, x: Utterances, beam: int) -> list[list[Proposal]]:
+        """Different label sequences of each utterance with the scores of ``score``, best first."""
 
 
 class Method(nn.Module):

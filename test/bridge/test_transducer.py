@@ -85,6 +85,43 @@ def test_the_score_is_the_loss_of_each_utterance():
     assert empty.isfinite().all() and (empty < 0).all()
 
 
+@pytest.mark.parametrize("decoder", ["stateless", "rnn"])
+def test_the_best_path_is_that_of_each_utterance_alone(decoder):
+    conf = {"embed_size": 8} if decoder == "stateless" else {"embed_size": 8, "hidden_size": 8}
+    net = lend_loss(network(decoder=decoder, decoder_conf=conf, model_conf={})).eval()
+    net.joint_network.lin_out.weight.data *= 8  # so that it speaks
+    encoded, frames = net.encode(SPEECH, torch.tensor(SAMPLES))
+    frames = torch.tensor([14, 9, 11])
+    found = net.best_path(encoded, frames, most=3)
+    assert any(found) and found != found[:1] * 3
+    for own, e, t_end in zip(found, encoded, frames.tolist()):
+        labels = [0]
+        for frame in e[:t_end]:
+            for _ in range(3):
+                predicted = net.decoder(torch.tensor([labels]))[0, -1]
+                best = int(JointNetwork.forward(net.joint_network, frame, predicted).argmax())
+                if best == 0:
+                    break
+                labels.append(best)
+        assert own == labels[1:]
+
+
+@pytest.mark.parametrize("auxiliary", [0.0, 0.3])
+def test_proposals_have_their_full_sums(auxiliary):
+    student = TransducerRecogniser(network(model_conf={"auxiliary_ctc_weight": auxiliary})).eval()
+    x = Utterances(["a", "b", "c"], SPEECH, torch.tensor(SAMPLES))
+    with torch.no_grad():
+        proposals = student.propose(x, 4)
+        assert [len(own) for own in proposals] == ([4, 4, 4] if auxiliary else [1, 1, 1])
+        for place in range(len(proposals[0])):
+            scores = student.score(x, [own[place].labels for own in proposals])
+            said = torch.tensor([own[place].log_p for own in proposals])
+            torch.testing.assert_close(scores, said)
+    for own in proposals:
+        assert len({tuple(p.labels) for p in own}) == len(own)
+        assert [p.log_p for p in own] == sorted((p.log_p for p in own), reverse=True)
+
+
 def test_fast_emit_is_the_stock_option():
     plain, pushed = (network(model_conf={"fastemit_lambda": f}).eval() for f in (0.0, 0.3))
     losses = [lend_loss(net)(**batch())[0] for net in (plain, pushed)]

@@ -1,0 +1,35 @@
+"""bridge/recogniser: what a stock CTC or attention/CTC model proposes, and how that is scored."""
+
+import pytest
+import torch
+from espnet2.tasks.asr import ASRTask
+
+from espnet_pl.bridge.recogniser import Recogniser
+from espnet_pl.methods.base import Utterances
+from test.bridge.conftest import ASR, DECODER
+
+SPEECH = torch.randn(3, 6000, generator=torch.Generator().manual_seed(0))
+
+
+def student(**changes):
+    torch.manual_seed(0)
+    args = ASRTask.get_parser().parse_args([])
+    for name, value in (ASR | changes).items():
+        setattr(args, name, value)
+    args.token_list = ["<blank>", "<unk>", "A", "B", "C", "<sos/eos>"]
+    return Recogniser(ASRTask.build_model(args)).eval()
+
+
+@pytest.mark.parametrize("changes", [{}, {**DECODER, "model_conf": {"ctc_weight": 0.3}}])
+def test_proposals_have_the_scores_of_the_training_criterion(changes):
+    model = student(**changes)
+    x = Utterances(["a", "b", "c"], SPEECH, torch.tensor([6000, 4000, 5000]))
+    with torch.no_grad():
+        proposals = model.propose(x, 5)
+        for place in range(5):
+            scores = model.score(x, [own[place].labels for own in proposals])
+            said = torch.tensor([own[place].log_p for own in proposals])
+            torch.testing.assert_close(scores, said, rtol=1e-4, atol=1e-4)
+    for own in proposals:
+        assert len({tuple(p.labels) for p in own}) == 5
+        assert [p.log_p for p in own] == sorted((p.log_p for p in own), reverse=True)
