@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from espnet2.asr_transducer.beam_search_transducer import Hypothesis
 from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
+from espnet2.asr_transducer.error_calculator import ErrorCalculator
 from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerModel
 from espnet2.asr_transducer.joint_network import JointNetwork
 from torch import Tensor, nn
@@ -94,7 +95,28 @@ class _Projections(JointNetwork):
         return _Operands(self.lin_enc(enc_out), self.lin_dec(dec_out))
 
 
+class _Errors(ErrorCalculator):
+    """The stock error rates, of the best path: the stock search takes longer than the training."""
+
+    def __init__(self, net: "_Transducer") -> None:
+        super().__init__(
+            net.decoder, net.joint_network, net.token_list, net.sym_space, net.sym_blank,
+            report_cer=net.report_cer, report_wer=net.report_wer,
+        )  # fmt: skip
+        self.net = net
+
+    def __call__(self, encoder_out, target, encoder_out_lens):
+        paths = iter(self.net.best_path(encoder_out, encoder_out_lens))
+        self.beam_search = lambda _: [Hypothesis(0.0, [0, *next(paths)])]
+        return super().__call__(encoder_out, target, encoder_out_lens)
+
+
 class _Transducer(ESPnetASRTransducerModel):
+    @property
+    def error_calculator(self) -> _Errors:
+        """Made anew: what a model keeps is copied with it, and a copy's would be the original's."""
+        return _Errors(self)
+
     def log_probability(
         self, encoded: Tensor, frames: Tensor, labels: Tensor, lengths: Tensor, utterance: Tensor
     ) -> Tensor:

@@ -1,5 +1,6 @@
 """bridge/transducer: the loss by hand · real training and restart · stock inference · refusals."""
 
+import copy
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerModel
 from espnet2.asr_transducer.joint_network import JointNetwork
 from espnet2.tasks.asr_transducer import ASRTransducerTask
+from rapidfuzz.distance import Levenshtein
 
 from espnet_pl.bridge.export import export
 from espnet_pl.bridge.train import ConfigError, main
@@ -104,6 +106,21 @@ def test_the_best_path_is_that_of_each_utterance_alone(decoder):
                     break
                 labels.append(best)
         assert own == labels[1:]
+
+
+def test_validation_reports_the_errors_of_the_best_path():
+    net = lend_loss(network(model_conf={"report_cer": True, "report_wer": True})).eval()
+    _, stats, _ = net(**batch())
+    encoded, frames = net.encode(SPEECH, torch.tensor(SAMPLES))
+    said, meant = (
+        ["".join(TOKENS[k] for k in y) for y in rows]
+        for rows in (net.best_path(encoded, frames), ([2, 2, 3, 4], [3], [4, 2]))
+    )
+    edits = sum(Levenshtein.distance(y, z) for y, z in zip(said, meant))
+    assert stats["cer_transducer"] == pytest.approx(edits / 7)
+    assert stats["wer_transducer"] is not None
+    twin = copy.deepcopy(lend_loss(network(model_conf={"report_cer": True})))
+    assert twin.error_calculator.net is twin
 
 
 @pytest.mark.parametrize("auxiliary", [0.0, 0.3])

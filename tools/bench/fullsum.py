@@ -303,7 +303,7 @@ def table(found: dict[str, dict]) -> str:
             continue
         base = found["torchaudio, logits given" if name in GIVEN else "eager + torchaudio"]
         speed = f"{base['cpu_s'] / row['cpu_s']:.1f}" if "cpu_s" in base else ""
-        share = f"1/{base['peak_mb'] / row['peak_mb']:.0f}" if "cpu_s" in base else ""
+        share = f"1/{base['peak_mb'] / max(row['peak_mb'], 1):.0f}" if "cpu_s" in base else ""
         lines.append(
             f"|{name}|{row['cpu_s']:.3f}|{speed}|{row['peak_mb']:.0f}|{share}|"
             f"{row.get('gradient_error', math.nan):.1e}|{row['loss_error']:.1e}|"
@@ -345,8 +345,8 @@ def main() -> None:
             result["cases"][title] = found
             sizes = f"{inputs['frames'].tolist()} frames, {inputs['lengths'].tolist()} labels"
             print(f"\n{title}: {sizes}\n\n{table(found)}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def machine() -> dict:
