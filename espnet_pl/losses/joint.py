@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-LOGITS = 2**21  # of a tile: 8 MB in float32, about what a core has as its own cache
-LEAST, ROWS = 64, 2048  # nodes of a tile
+LOGITS = 2**20  # of a tile: 4 MB in float32, about what a core has as its own cache
+LEAST, ROWS = 64, 1024  # nodes of a tile
 
 
 @dataclass(frozen=True)

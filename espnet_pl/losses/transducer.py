@@ -29,7 +29,7 @@ from espnet_pl.losses.joint import Asked, Joint, Tile, planes, product_type
 from espnet_pl.losses.lattice import full_sum
 from espnet_pl.losses.logits import planes_of_logits
 
-SKIP = 2e-7  # of the backward pass; see `joint.planes`
+SKIP = 5e-7  # of the backward pass; see `joint.planes`
 TOLERANCE = 1e-5  # of log P, in nats; see `band.band`
 LARGE = 2e7  # multiplications in a frame; they take twice as long as the search for a band
 
@@ -110,7 +110,7 @@ def log_probability(
         predicted: projected predictor output in each state.
         exact: compute every node, forward and backward.  Otherwise log P may be less than it is by
             at most 1e-5, which is certified (`band.band`), and nodes are left out of the backward
-            pass whose gradient is less than 2e-7 of their utterance's greatest.
+            pass whose gradient is less than 5e-7 of their utterance's greatest.
         fast_emit: λ of Yu et al., "FastEmit", arXiv:2010.11148: the gradient of label arcs is taken
             1 + λ times; the value stays as it is.
     """
