@@ -146,7 +146,7 @@ def load_recipe(path: Path = Path("recipe.yaml")) -> Recipe:
 
 def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
     """Every ``conf/*.yaml`` with a ``method:``; what it leaves open is as in the recipe."""
-    runs, shared = {}, _mapping(asr) if asr.exists() else {}
+    runs = {}
     usual = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
     for path in sorted(Path("conf").glob("*.yaml")):
         conf = _mapping(path)
@@ -155,7 +155,10 @@ def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
             if not isinstance(own, dict):
                 raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
             options = _typed(RunOptions, {**usual, **own}, f"{path}, recipe:")
-            normalize, task = ({**shared, **conf}.get(key) for key in ("normalize", "task"))
+            merged: dict = {}
+            for file in files(path.stem, asr):
+                merged |= _mapping(file) if file.exists() else {}
+            normalize, task = merged.get("normalize"), merged.get("task")
             runs[path.stem] = Run(path.stem, str(conf["method"]), options, normalize, task or "asr")
     for run in runs.values():
         if run.options.init is not None and run.options.init not in runs:
@@ -168,6 +171,13 @@ def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
         if run.options.export not in (None, "student", "teacher"):
             raise RecipeError(f"{run.conf}, recipe: export: must be student or teacher")
     return runs
+
+
+def files(run: str, asr: Path) -> list[Path]:
+    """The configuration of a run, a later file over an earlier one: what all runs of a model share,
+    the run, and, if there is one, what differs for this model: ``conf/<model>/<run>.yaml``."""
+    own = Path("conf", asr.stem, f"{run}.yaml")
+    return [asr, Path(f"conf/{run}.yaml"), *([own] if own.exists() else [])]
 
 
 def with_inits(names: Iterable[str], runs: Mapping[str, Run]) -> list[str]:
@@ -210,12 +220,12 @@ def check_runs(
     known = markers.read(memory) or {}
     keys = {}
     for name in [*names, *others]:
-        content = [markers.content(path) for path in (asr, Path(f"conf/{name}.yaml"))]
+        content = [markers.content(path) for path in files(name, asr)]
         keys[name] = hashlib.sha256(json.dumps([content, __version__]).encode()).hexdigest()
     new = [name for name, key in keys.items() if not isinstance(known.get(key), bool)]
     if new:
         try:
-            verdicts = check.ask([[str(asr), f"conf/{name}.yaml"] for name in new])
+            verdicts = check.ask([[str(path) for path in files(name, asr)] for name in new])
         except RuntimeError as error:
             raise RecipeError(f"the configurations cannot be checked:\n{error}") from error
         for name, verdict in zip(new, verdicts, strict=True):

@@ -221,7 +221,25 @@ def test_another_model_has_experiments_and_a_table_of_its_own():
     assert "-m espnet2.bin.asr_transducer_inference" in shells["infer slimipl test seed 1"]
     assert "--config conf/decode_asr_transducer.yaml" in shells["infer slimipl test seed 1"]
     shells = {job.name: job.shell() for job in stages.train(transducers)}
-    assert "--config conf/asr_transducer.yaml --config" in shells["train slimipl seed 1"]
+    confs = "--config conf/asr_transducer.yaml --config conf/slimipl.yaml "
+    assert confs + "--seed" in shells["train slimipl seed 1"]
+    Path("conf/asr_transducer").mkdir()
+    Path("conf/asr_transducer/slimipl.yaml").write_text("max_epoch: 3\n")
+    shells = {job.name: job.shell() for job in stages.train(transducers)}
+    own = "--config conf/asr_transducer/slimipl.yaml"
+    assert confs + own in shells["train slimipl seed 1"]
+    assert own not in shells["train supervised seed 1"]
+    again = (
+        "--asr_config",
+        "conf/asr_transducer.yaml",
+        "--stop_stage",
+        "train",
+        "--method",
+        "slimipl",
+    )
+    assert call(*again)[0] == 1  # a run is not continued with other settings
+    assert call(*again, "--force")[1] == ["train slimipl seed 1", "export slimipl seed 1"]
+    assert call("--stop_stage", "train")[1] == []
 
 
 def test_a_failure_is_told_and_mended(capsys):
