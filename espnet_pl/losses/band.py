@@ -113,9 +113,9 @@ class _Search:
             log P_B and log E; log P_B is −inf where the band became too wide to go on.
         """
         frames, lengths = self.frames[rows], self.lengths[rows]
-        alpha = torch.full((len(rows), len(self.u)), -torch.inf, dtype=torch.float64)
+        leak = torch.full(frames.shape, -torch.inf, dtype=torch.float64, device=rows.device)
+        alpha = leak[:, None].repeat(1, len(self.u))
         alpha[:, 0] = 0.0
-        leak = torch.full(frames.shape, -torch.inf, dtype=torch.float64)
         log_p, nodes = leak.clone(), torch.zeros_like(frames)
         most = MOST * frames * (lengths + 1)
         pace = PACE * lengths / frames.clamp(min=1)

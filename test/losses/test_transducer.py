@@ -5,8 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from espnet_pl.losses import transducer
 from espnet_pl.losses.joint import Joint
-from espnet_pl.losses.transducer import hypotheses, log_probability
+from espnet_pl.losses.transducer import (
+    hypotheses,
+    log_probability,
+    log_probability_of_logits,
+)
 from test.losses.test_lattice import brute_force
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
@@ -201,3 +206,25 @@ def test_fast_emit_pushes_labels_only():
     expected = dense(inputs, *call, fast_emit=0.5)
     grads = [torch.autograd.grad(x.sum(), inputs) for x in (pushed, expected)]
     torch.testing.assert_close(*grads, **TIGHT)
+
+
+@pytest.mark.parametrize("utterance", [None, torch.tensor([1, 0])])
+def test_tensors_are_made_where_the_inputs_are(utterance, monkeypatch):
+    """As a GPU needs it; here anything made without saying where has no numbers."""
+    monkeypatch.setattr(transducer, "LARGE", 0)  # look for a band
+    inputs = network(2, 40, v=12)
+    frames, lengths = torch.tensor([40, 33]), torch.tensor([3, 2])
+    labels = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    predicted = torch.randn(2, 4, 4, dtype=torch.float64)
+    with torch.device("meta"):
+        encoded, _, weight, bias = inputs
+        hyps = hypotheses(labels, lengths, utterance, blank=11)
+        states, joint = hyps.of_states(predicted), Joint(weight, bias)
+        for exact in (False, True):
+            log_p = log_probability(joint, encoded, frames, states, hyps, exact=exact)
+            assert log_p.isfinite().all()
+            log_p.sum().backward()
+        logits = torch.tanh(encoded[:, :, None] + predicted[:, None]) @ weight.t() + bias
+        log_p = log_probability_of_logits(logits, frames, labels, lengths, blank=11)
+        log_p.sum().backward()
+    assert encoded.grad.any()
