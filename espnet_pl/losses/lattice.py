@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from espnet_pl.losses import kernels
+
 
 def full_sum(
     blank: Float[Tensor, "k u1 t"],
@@ -46,11 +48,12 @@ class _FullSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, blank, label, frames, lengths):
         grid = _Grid(blank, label, frames, lengths)
-        alpha = grid.forward()
+        wanted = any(ctx.needs_input_grad[:2])
+        alpha, beta = grid.sweeps(wanted)
         log_p = alpha[-1].gather(1, lengths[:, None])[:, 0]
         log_p = log_p.masked_fill(frames == 0, -torch.inf)
-        if any(ctx.needs_input_grad[:2]):
-            ctx.save_for_backward(*grid.occupancies(alpha, log_p))
+        if wanted:
+            ctx.save_for_backward(*grid.occupancies(alpha, beta, log_p))
         return log_p
 
     @staticmethod
@@ -70,7 +73,7 @@ class _Grid:
 
     def __init__(self, blank, label, frames, lengths):
         self.k, self.states, self.t = blank.shape
-        self.type = blank.dtype
+        self.type, self.lengths = blank.dtype, lengths
         t = torch.arange(self.t, device=blank.device)
         u = torch.arange(self.states, device=blank.device)
         inside = t < frames[:, None, None]  # k 1 t
@@ -84,6 +87,13 @@ class _Grid:
         d = torch.arange(len(self.blank), device=blank.device)[:, None, None]
         self.blank.masked_fill_((d >= (frames + lengths)[:, None]) & (u == lengths[:, None]), 0.0)
         self.last = last[:, :, 0]
+
+    def sweeps(self, both: bool):
+        """α, and β if ``both``."""
+        if kernels.available(self.blank):
+            alpha, *beta = kernels.sweeps(self.blank, self.label, self.lengths, both)
+            return alpha, beta[0] if both else None
+        return self.forward(), self.backward() if both else None
 
     def forward(self) -> Float[Tensor, "d k u1"]:
         """α."""
@@ -104,9 +114,8 @@ class _Grid:
             torch.logaddexp(start, beta[d + 1, :, 1:] + self.label[d], out=start)
         return beta
 
-    def occupancies(self, alpha, log_p):
+    def occupancies(self, alpha, beta, log_p):
         """Of the blank and the label arcs, (k, u+1, t) and (k, u, t)."""
-        beta = self.backward()
         possible = ~log_p.isneginf()[:, None]
         start = alpha[:-1] - log_p[:, None]
         blank = (start + self.blank[:-1] + beta[1:]).exp()
