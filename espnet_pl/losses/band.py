@@ -181,6 +181,5 @@ class _Search:
 
     def _compute(self, index):
         index = index[~self.known[index]].unique()  # hypotheses may share states
-        for part in self.tile.split(index):
-            self.flat[:, part] = self.tile.log_probs(part)
+        self.tile.fill(self.flat, index)
         self.known[index] = True

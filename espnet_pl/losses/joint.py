@@ -20,12 +20,15 @@ Axes: n utterances, t frames, s predictor states of all utterances, m tokens ask
 joint dimensions, v vocabulary.  Unit: nats.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from espnet_pl.losses import kernels
 
 LOGITS = 2**20  # of a tile: 4 MB in float32, about what a core has as its own cache
 LEAST, ROWS = 64, 1024  # nodes of a tile
@@ -118,8 +121,7 @@ class _Planes(torch.autograd.Function):
         if out is None:
             tile = Tile(encoded, predicted, weight, bias, asked, ctx.product)
             out = tile.empty_planes()
-            for index in tile.split(asked.nodes.flatten().nonzero()[:, 0]):
-                out[:, index] = tile.log_probs(index)
+            tile.fill(out, asked.nodes.flatten().nonzero()[:, 0])
             out = out.unflatten(1, asked.nodes.shape)
         ctx.save_for_backward(encoded, predicted, weight, bias, out[m:].clone())
         return out
@@ -160,6 +162,8 @@ class Tile:
     Sums are taken in the type ``exact``; products in ``product``, which autocast may make shorter.
     """
 
+    fused = False  # whether the planes are a kernel's
+
     def __init__(self, encoded, predicted, weight, bias, asked: Asked, product: torch.dtype):
         self.exact = torch.promote_types(encoded.dtype, torch.float32)
         self.encoded = encoded.detach().to(self.exact).flatten(0, 1)
@@ -168,12 +172,17 @@ class Tile:
         self.asked, self.product, self.t = asked, product, encoded.shape[1]
         # A padded token is asked for as the first one is, and not listened to.
         self.tokens = torch.where(asked.tokens < 0, asked.tokens[:, :1].clamp(min=0), asked.tokens)
-        v, j = weight.shape
-        self.rows = max(LEAST, min(ROWS, LOGITS // v))
-        self.sum, self.other = encoded.new_empty(2, self.rows, j, dtype=self.exact)
-        self.logits = encoded.new_empty(self.rows, v, dtype=self.exact)
+        self.rows = max(LEAST, min(ROWS, LOGITS // weight.shape[0]))
         tanh = asked.activation is torch.tanh or isinstance(asked.activation, nn.Tanh)
         self.activation = _Tanh() if tanh else _Elementwise(asked.activation)
+        self.fused = tanh and not asked.rest and kernels.available(encoded)
+
+    @functools.cached_property
+    def room(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For two sums and the logits of a tile; a kernel does not need it."""
+        v, j = self.weight.shape
+        sums = self.encoded.new_empty(2, self.rows, j)
+        return *sums, self.encoded.new_empty(self.rows, v)
 
     def split(self, index: Int[Tensor, " r"]) -> Sequence[Tensor]:
         """These nodes, some at a time."""
@@ -182,7 +191,18 @@ class Tile:
     def empty_planes(self) -> Float[Tensor, "p r"]:
         """Of no node yet: −inf."""
         planes, nodes = self.tokens.shape[1] + self.asked.rest, self.asked.nodes.numel()
-        return self.logits.new_full((planes, nodes), -torch.inf)
+        return self.encoded.new_full((planes, nodes), -torch.inf)
+
+    def fill(self, planes: Float[Tensor, "p nodes"], index: Int[Tensor, " r"]) -> None:
+        """Write the planes at these nodes, however many."""
+        if self.fused:
+            kernels.fill_planes(
+                planes, index, self.encoded, self.predicted, self.weight, self.bias,
+                self.asked.utterance, self.asked.tokens,
+            )  # fmt: skip
+            return
+        for part in self.split(index):
+            planes[:, part] = self.log_probs(part)
 
     def log_probs(self, index: Int[Tensor, " r"]) -> Float[Tensor, "p r"]:
         """The planes at these nodes; −inf for padded tokens."""
@@ -197,13 +217,11 @@ class Tile:
     def compute(self, index: Int[Tensor, " r"]):
         """Hidden vectors, logits, and the tokens asked for at these nodes."""
         state, frame = self._places(index)
-        r = len(index)
-        before = torch.index_select(self.encoded, 0, frame, out=self.sum[:r])
-        before += torch.index_select(self.predicted, 0, state, out=self.other[:r])
+        before, other, logits = (x[: len(index)] for x in self.room)
+        torch.index_select(self.encoded, 0, frame, out=before)
+        before += torch.index_select(self.predicted, 0, state, out=other)
         hidden = self.activation(before)
-        logits = torch.add(
-            hidden.to(self.product) @ self.weight.t(), self.bias, out=self.logits[:r]
-        )
+        torch.add(hidden.to(self.product) @ self.weight.t(), self.bias, out=logits)
         return hidden, logits, self.tokens[state]
 
     def add_gradients(self, sums, index, hidden, grad: Float[Tensor, "r v"]) -> None:

@@ -1,11 +1,12 @@
 r"""What runs on the GPU, in Triton: imported by ``kernels`` alone, and only where Triton is.
 
-``sweep`` is the recursion of ``lattice``.  All offsets that grow with the batch are int64.  Each
-function is compiled from its source: no decorator may come between, and nothing but ``tl`` and what
-is defined here may be used in them.
+``sweep`` is the recursion of ``lattice``, ``planes`` the equation of ``joint``.  All offsets that
+grow with the batch are int64.  Each function is compiled from its source: no decorator may come
+between, and nothing but ``tl`` and what is defined here may be used in them.
 
 Source: Tillet, Kung, Cox, "Triton: An Intermediate Language and Compiler for Tiled Neural Network
-Computations", 2019.
+Computations", 2019.  The sum of exponentials that is corrected when a greater logit comes is
+Milakov, Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
 """
 
 import triton
@@ -19,6 +20,12 @@ def log_add_exp(x, y):
     great, small = tl.where(x > y, x, y), tl.where(x > y, y, x)
     # −inf − −inf is no number.  A log1p would be lost in the rounding of what it is added to.
     return great + tl.log(1.0 + tl.exp(tl.where(great == small, 0.0, small - great)))
+
+
+@triton.jit
+def tanh(x):
+    """Triton has none of its own; where e^{2x} overflows this is 1."""
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
 
 # Not compiled again for numbers that are 1, or multiples of 16, and change with every batch.
@@ -50,3 +57,61 @@ def sweep(blank, label, lengths, out, diagonals, hypotheses, states, STATES: tl.
         here = log_add_exp(here + b, tl.gather(here, neighbour, 0) + y)
         row += ahead
         tl.store(out + (row * hypotheses + k) * states + u, here, mask=real)
+
+
+@triton.jit(do_not_specialize=["rows", "frames", "nodes", "asked"])
+def planes(
+    encoded, predicted, weight, bias, utterance, tokens, index, out,
+    rows, frames, nodes, dimensions, vocabulary, asked,
+    ROWS: tl.constexpr, VOCABULARY: tl.constexpr, DIMENSIONS: tl.constexpr,
+    ASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """log p of the tokens asked for at some nodes of ``out``, (asked, nodes); logits stay here.
+
+    A program has ``ROWS`` nodes and goes through the vocabulary, ``VOCABULARY`` tokens at a time.
+    Their hidden vectors are computed again for each: that is an exponential for so many products,
+    and needs no memory.
+    """
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = r < rows
+    node = tl.load(index + r, mask=real, other=0)
+    state = node // frames
+    frame = tl.load(utterance + state).to(tl.int64) * frames + node % frames
+    m = tl.arange(0, ASKED)
+    exact: tl.constexpr = encoded.dtype.element_ty
+    picked = tl.zeros((ROWS, ASKED), exact)
+    greatest = tl.full((ROWS,), float("-inf"), exact)
+    total = tl.zeros((ROWS,), exact)
+    for first in range(0, vocabulary, VOCABULARY):
+        v = first + tl.arange(0, VOCABULARY)
+        logits = tl.zeros((ROWS, VOCABULARY), exact)
+        for start in range(0, dimensions, DIMENSIONS):
+            j = start + tl.arange(0, DIMENSIONS)
+            inside = j < dimensions
+            e = tl.load(encoded + frame[:, None] * dimensions + j, mask=inside[None, :], other=0.0)
+            d = tl.load(
+                predicted + state[:, None] * dimensions + j, mask=inside[None, :], other=0.0
+            )
+            w = tl.load(
+                weight + v[None, :].to(tl.int64) * dimensions + j[:, None],
+                mask=(v < vocabulary)[None, :] & inside[:, None],
+                other=0.0,
+            )
+            hidden = tanh(e + d).to(weight.dtype.element_ty)
+            logits = tl.dot(hidden, w, logits, input_precision=PRECISION, out_dtype=exact)
+        logits += tl.load(bias + v, mask=v < vocabulary, other=float("-inf"))[None, :]
+        # Until a token is possible the greatest is −inf, which cannot be taken from itself.
+        before, greatest = greatest, tl.maximum(greatest, tl.max(logits, 1))
+        zero = tl.where(greatest == float("-inf"), 0.0, greatest)
+        total = total * tl.exp(before - zero) + tl.sum(tl.exp(logits - zero[:, None]), 1)
+        for i in range(asked):
+            token = tl.load(tokens + state * asked + i)
+            logit = tl.sum(tl.where(v[None, :] == token[:, None], logits, 0.0), 1)
+            picked += tl.where(m[None, :] == i, logit[:, None], 0.0)
+    token = tl.load(
+        tokens + state[:, None] * asked + m[None, :], mask=(m < asked)[None, :], other=-1
+    )
+    log_sum = tl.where(greatest == float("-inf"), 0.0, greatest) + tl.log(total)
+    log_p = tl.where(token < 0, float("-inf"), picked - log_sum[:, None])
+    places = out + m[None, :].to(tl.int64) * nodes + node[:, None]
+    tl.store(places, log_p, mask=real[:, None] & (m < asked)[None, :])
