@@ -23,6 +23,8 @@ setup(
             "inflect<6; python_version < '3.12'",
         ],
         "mini_alnum": ["espeakng-loader"],
+        # CUDA builds of torch bring their own release; elsewhere it only interprets, for tests
+        "kernels": ["triton; platform_system == 'Linux'"],
         "test": [
             "beartype",
             "hypothesis",

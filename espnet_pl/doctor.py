@@ -213,7 +213,10 @@ def gpu(quick: bool) -> Check:
             detail = f"{names[0]}, but torch {torch.__version__} cannot use it"
             remedy = f"{INSTALL} --cuda; if that does not help, the driver is older than this CUDA"
             return Check("gpu", WRONG, detail, remedy, False)
-    return Check("gpu", OK, f"{len(names)} x {names[0]}", required=False)
+    # CUDA builds of torch bring Triton; without it the same is computed, with many more launches.
+    triton = version_of("triton")
+    triton = f"triton {triton}" if triton else "no triton: no kernels for the transducer's loss"
+    return Check("gpu", OK, f"{len(names)} x {names[0]}, {triton}", required=False)
 
 
 def program(name: str, purpose: str, remedy: str) -> Check:

@@ -144,3 +144,13 @@ def test_unset_threads_are_a_warning(monkeypatch):
 def test_checks_fit_one_line():
     for check in doctor.checks(quick=True):
         assert "\n" not in json.dumps(str(check).split("->")[0].strip())
+
+
+@pytest.mark.parametrize(("triton", "said"), [("3.7.1", "triton 3.7.1"), (None, "no triton: ")])
+def test_a_gpu_is_shown_with_its_compiler(triton, said, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    listed = subprocess.CompletedProcess([], 0, stdout="GPU 0: NVIDIA H100 (UUID: GPU-1)\n")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: listed)
+    monkeypatch.setattr(doctor, "version_of", {"triton": triton}.get)
+    check = doctor.gpu(quick=True)
+    assert check.state == "ok" and f"1 x GPU 0: NVIDIA H100, {said}" in check.detail
