@@ -177,7 +177,7 @@ class Tile:
         self.rows = ON_GPU * rows if encoded.is_cuda else rows
         tanh = asked.activation is torch.tanh or isinstance(asked.activation, nn.Tanh)
         self.activation = _Tanh() if tanh else _Elementwise(asked.activation)
-        self.fused = tanh and not asked.rest and kernels.available(encoded)
+        self.fused = tanh and not asked.rest and kernels.available(self.weight)
 
     @functools.cached_property
     def room(self) -> tuple[Tensor, Tensor, Tensor]:

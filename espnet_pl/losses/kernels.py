@@ -40,7 +40,9 @@ def available(x: Tensor) -> bool:
     The interpreter is for tests: ``TRITON_INTERPRET=1``, set before anything imports Triton.
     ``ESPNET_PL_KERNELS=0`` turns the kernels off.
     """
-    return ON and (INTERPRETED or (x.is_cuda and _new_enough(x.device))) and bool(_programs())
+    # The interpreter would multiply the bits of bfloat16 as if they were integers.
+    interpreted = INTERPRETED and x.dtype != torch.bfloat16
+    return ON and (interpreted or (x.is_cuda and _new_enough(x.device))) and bool(_programs())
 
 
 def sweeps(
