@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# False: PyTorch's operations only, on a GPU too.
-ON = os.environ.get("ESPNET_PL_KERNELS", "1") != "0"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton itself, on a CPU
+# They have been compiled and interpreted, but not yet run on a GPU: there they wait to be asked.
+ON = INTERPRETED or os.environ.get("ESPNET_PL_KERNELS") == "1"
 OLDEST = (8, 0)  # of NVIDIA's: the first with bfloat16, and that the programs are compiled for
 
 # Nodes, tokens and dimensions of a block, by the bytes of a factor; states of a lattice for a warp,
@@ -38,7 +38,7 @@ def available(x: Tensor) -> bool:
     """Whether the kernels can run for x: on a GPU with Triton, or in Triton's interpreter.
 
     The interpreter is for tests: ``TRITON_INTERPRET=1``, set before anything imports Triton.
-    ``ESPNET_PL_KERNELS=0`` turns the kernels off.
+    On a GPU only with ``ESPNET_PL_KERNELS=1``.
     """
     # The interpreter would multiply the bits of bfloat16 as if they were integers.
     interpreted = INTERPRETED and x.dtype != torch.bfloat16

@@ -49,6 +49,7 @@ def with_and_without(function):
     """What a function of no arguments gives with the kernels, and with PyTorch's operations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "BLOCKS", dict.fromkeys(kernels.BLOCKS, (16, 16, 16)))
+        patch.setattr(kernels, "ON", True)
         assert kernels.available(torch.zeros(1, device=DEVICE))
         with_them = function()
         patch.setattr(kernels, "ON", False)

@@ -238,7 +238,9 @@ def test_another_model_has_experiments_and_a_table_of_its_own():
         "slimipl",
     )
     assert call(*again)[0] == 1  # a run is not continued with other settings
-    assert call(*again, "--force")[1] == ["train slimipl seed 1", "export slimipl seed 1"]
+    started = call(*again, "--force")[1]
+    assert started[-2:] == ["train slimipl seed 1", "export slimipl seed 1"]
+    assert "train supervised seed 1" not in started
     assert call("--stop_stage", "train")[1] == []
 
 
