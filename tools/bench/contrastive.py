@@ -13,13 +13,13 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from common import status
 
 from espnet_pl.losses.contrastive import Frames, contrastive
 
@@ -74,12 +74,6 @@ def step(function, frames: int) -> dict:
     loss = function(z, labels)
     loss.backward()
     return {"seconds": time.process_time() - start, "loss": loss.item(), "gradient": z.grad}
-
-
-def resident(what: str) -> int:
-    """kB that this process has in memory now (VmRSS) or had at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(rf"{what}:\s+(\d+)", status).group(1))
 
 
 def growth(name: str, frames: int) -> float:
@@ -141,9 +135,9 @@ def main() -> None:
     if args.memory:
         function = implementations()[args.memory]
         step(function, 64)  # so that libraries are loaded before
-        before = resident("VmRSS")
+        before = status("VmRSS")
         step(function, args.frames[0])
-        print((resident("VmHWM") - before) / 1024)
+        print(status("VmHWM") - before)
         return
 
     frames = [256] if args.small else args.frames

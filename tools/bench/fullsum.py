@@ -16,17 +16,14 @@ speech it was trained on, joined to the frames and labels of the shape, and labe
 import argparse
 import json
 import math
-import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import ROOT, fresh, machine, reset_peak, status
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ["8,200,40,500", "4,400,100,1000", "16,100,20,100"]  # utterances, frames, labels, tokens
 JOINT = 512
 NAMES = ("encoded", "predicted", "weight", "bias")
@@ -174,17 +171,6 @@ def _corner(x):
     return few | {"frames": x["frames"].clamp(max=2)}
 
 
-def reset_peak() -> float:
-    """The resident set in MB; from now on its peak is counted anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def status(key: str) -> float:
-    """A line of this process's status, in MB."""
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 # --- inputs --------------------------------------------------------------------------------------
 
 
@@ -282,15 +268,9 @@ def start(variant: str, folder: Path, args, inputs) -> dict:
         > 1e7
     ):
         return {"why": "left out: minutes at this size"}
-    command = [python, __file__, "--one", variant, "--folder", str(folder)]
     repeat = 1 if variant == "reference" else args.repeat
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--repeat", str(repeat)], env=env, capture_output=True, text=True
-    )
-    if done.returncode:
-        return {"why": (done.stderr.strip().splitlines() or ["it died"])[-1][:100]}
-    return json.loads(done.stdout.splitlines()[-1])
+    command = ("--one", variant, "--folder", str(folder), "--repeat", str(repeat))
+    return fresh(python, __file__, *command)
 
 
 def table(found: dict[str, dict]) -> str:
@@ -349,17 +329,6 @@ def main() -> None:
             print(f"\n{title}: {sizes}\n\n{table(found)}", flush=True)
             if args.json:
                 args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def machine() -> dict:
-    """Where the figures are from."""
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": model[1] if model else "unknown",
-        "bf16": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-    }
 
 
 if __name__ == "__main__":

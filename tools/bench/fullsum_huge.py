@@ -12,7 +12,8 @@ import math
 import time
 
 import torch
-from fullsum import JOINT, NAMES, machine, ours, random_inputs, reset_peak, status
+from common import machine, reset_peak, status
+from fullsum import JOINT, NAMES, ours, random_inputs
 
 
 def main() -> None:
