@@ -1,6 +1,7 @@
 """tools/bench: the benchmarks run, and what they compare agrees."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -51,3 +52,28 @@ def test_ctc(bench):
     assert len({round(row["mean"], 3) for row in sums.values()}) == 1
     # Of some classes in one the divergence cannot be greater.
     assert all(row["mean"] < soft["torch, dense"]["mean"] + 1e-4 for row in soft.values())
+
+
+def test_proposals(bench):
+    printed, result = bench("proposals")
+    for title, rows in result["cases"].items():
+        own = {}
+        for row in rows:
+            assert f"| {row['search']} |" in printed
+            if "why" in row:  # a peer that is not installed
+                assert row["why"] in printed and title == "CTC"
+                continue
+            assert row["times_real_time"] > 0 and row["best"] <= 0 and 0 < row["mass"] <= 1
+            found = [math.exp(row["best"]), row["mass"], row["sequences"]]
+            own.setdefault((row["search"], row.get("beam"), row.get("tokens")), []).append(found)
+        for of_batches in own.values():  # which have the same utterances first
+            assert all(found == pytest.approx(of_batches[0], rel=1e-4) for found in of_batches)
+    rows = [row for row in result["cases"]["CTC"] if "why" not in row]
+    greedy, *several = rows
+    assert {row["search"] for row in result["cases"]["CTC"]} == {
+        "greedy", "ours", "flashlight-text", "torchaudio"
+    }  # fmt: skip
+    for row in several:
+        assert row["best"] >= greedy["best"] - 1e-4 and row["mass"] > greedy["mass"]
+        same = [r for r in several if (r["beam"], r["tokens"]) == (row["beam"], row["tokens"])]
+        assert [r["mass"] for r in same] == pytest.approx([row["mass"]] * len(same), rel=0.05)
