@@ -223,7 +223,10 @@ class Tile:
         torch.index_select(self.encoded, 0, frame, out=before)
         before += torch.index_select(self.predicted, 0, state, out=other)
         hidden = self.activation(before)
-        torch.add(hidden.to(self.product) @ self.weight.t(), self.bias, out=logits)
+        if self.product == self.exact:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+        else:
+            torch.add(hidden.to(self.product) @ self.weight.t(), self.bias, out=logits)
         return hidden, logits, self.tokens[state]
 
     def add_gradients(self, sums, index, hidden, grad: Float[Tensor, "r v"]) -> None:
@@ -231,8 +234,11 @@ class Tile:
         encoded, predicted, weight, bias = sums
         state, frame = self._places(index)
         bias += grad.sum(0)
-        grad = grad.to(self.product)
-        weight += grad.t() @ hidden.to(self.product)
+        if self.product == self.exact:
+            weight.addmm_(grad.t(), hidden)
+        else:
+            grad = grad.to(self.product)
+            weight += grad.t() @ hidden.to(self.product)
         back = self.activation.backward(grad @ self.weight)
         encoded.index_add_(0, frame, back)
         predicted.index_add_(0, state, back)
