@@ -5,8 +5,9 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 exp=$(realpath -m "${1:-$root/egs/mini_alnum/pl1/exp_bench/transducer_seed}")
-cd "$root/egs/mini_alnum/pl1"
-. ./path.sh
+cd "$root"
+. egs/mini_alnum/pl1/path.sh
+cd egs/mini_alnum/pl1
 ./run.sh --stop_stage create_dataset
 
 mkdir -p "$exp"
