@@ -3,7 +3,6 @@
 import subprocess
 import sysconfig
 import venv
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ for line in open(sys.argv[1]):
     with torch.no_grad():
         encoded, _ = model.asr_model.encode(speech, torch.tensor([speech.shape[1]]))
         out[utt_id] = model.asr_model.ctc.log_softmax(encoded).numpy()
-np.savez("log_p.npz", **out)
+np.savez("out.npz", **out)
 """
 LOAD_TRANSDUCER = """
 import sys, numpy as np, soundfile, torch
@@ -45,7 +44,7 @@ for line in open(sys.argv[1]):
         encoded, _ = model.encode(speech, torch.tensor([speech.shape[1]]))
         predicted = model.decoder(torch.tensor([[0, 2, 3]]))
         out[utt_id] = model.joint_network(encoded[:, :, None], predicted[:, None]).numpy()
-np.savez("logits.npz", **out)
+np.savez("out.npz", **out)
 """
 
 
@@ -81,65 +80,66 @@ def stock(tmp_path_factory):
     return run
 
 
+def elsewhere(stock, script, exp, wav_scp):
+    """What a script writes, by utterance, in an environment that has ESPnet only."""
+    export(exp, exp / "model")
+    loaded = stock("-c", script, str(wav_scp), cwd=exp.parent)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    return np.load(exp.parent / "out.npz")
+
+
+def here(task, student, exp, wav_scp):
+    """The trained model as a student, and each utterance's id and speech."""
+    net, _ = task.build_model_from_file(exp / "config.yaml", exp / "latest.pth", "cpu")
+    net.load_state_dict(torch.load(exp / "valid.loss.ave.pth"))
+    speech = [
+        (utt_id, torch.tensor(soundfile.read(wav, dtype="float32")[0])[None])
+        for utt_id, wav in read(wav_scp).items()
+    ]
+    return student(net.eval()), [
+        Utterances([utt_id], x, torch.tensor([x.shape[1]])) for utt_id, x in speech
+    ]
+
+
+def decode(stock, program, exp, wav_scp, *options):
+    """What a stock program recognises with the exported model."""
+    decoded = stock(
+        "-m", f"espnet2.bin.{program}", "--ngpu", "0", "--beam_size", "1", *options,
+        "--asr_train_config", "exp/model/config.yaml", "--asr_model_file", "exp/model/model.pth",
+        "--data_path_and_name_and_type", f"{wav_scp},speech,sound", "--output_dir", "decoded",
+        cwd=exp.parent,
+    )  # fmt: skip
+    assert decoded.returncode == 0, decoded.stderr[-2000:]
+    return read(exp.parent / "decoded/1best_recog/text")
+
+
 def test_log_probabilities_are_those_of_the_training_process_and_everything_is_decoded(
     stock, arguments, corpus, tmp_path
 ):
     main(arguments("mpl", max_epoch=2))
-    exp = tmp_path / "exp"
-    export(Path(exp), exp / "model")
-    wav_scp = corpus / "data/dev/wav.scp"
-    loaded = stock("-c", LOAD, str(wav_scp), cwd=tmp_path)
-    assert loaded.returncode == 0, loaded.stderr[-2000:]
-    theirs = np.load(tmp_path / "log_p.npz")
-
-    net, _ = ASRTask.build_model_from_file(exp / "config.yaml", exp / "latest.pth", "cpu")
-    net.load_state_dict(torch.load(exp / "valid.loss.ave.pth"))
-    student, dev = Recogniser(net.eval()), read(wav_scp)
-    for utt_id, wav in dev.items():
-        speech = torch.tensor(soundfile.read(wav, dtype="float32")[0])[None]
-        x = Utterances([utt_id], speech, torch.tensor([speech.shape[1]]))
+    exp, wav_scp = tmp_path / "exp", corpus / "data/dev/wav.scp"
+    theirs = elsewhere(stock, LOAD, exp, wav_scp)
+    student, dev = here(ASRTask, Recogniser, exp, wav_scp)
+    for x in dev:
         with torch.no_grad():
             log_p, frames = student.frame_log_probs(x)
-        assert theirs[utt_id].shape == (1, int(frames), 6)
-        assert np.array_equal(theirs[utt_id], log_p.numpy())
-
-    decoded = stock(
-        "-m", "espnet2.bin.asr_inference", "--ngpu", "0", "--beam_size", "1", "--ctc_weight", "1.0",
-        "--asr_train_config", "exp/model/config.yaml", "--asr_model_file", "exp/model/model.pth",
-        "--data_path_and_name_and_type", f"{wav_scp},speech,sound", "--output_dir", "decoded",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert decoded.returncode == 0, decoded.stderr[-2000:]
-    assert set(read(tmp_path / "decoded/1best_recog/text")) == set(dev)
+        assert theirs[x.utt_id[0]].shape == (1, int(frames), 6)
+        assert np.array_equal(theirs[x.utt_id[0]], log_p.numpy())
+    text = decode(stock, "asr_inference", exp, wav_scp, "--ctc_weight", "1.0")
+    assert set(text) == {x.utt_id[0] for x in dev}
 
 
 def test_a_transducer_is_the_same_and_is_decoded(stock, arguments, corpus, tmp_path):
     main(arguments("mpl", base=TRANSDUCER, max_epoch=1))
-    exp = tmp_path / "exp"
-    export(exp, exp / "model")
-    wav_scp = corpus / "data/dev/wav.scp"
-    loaded = stock("-c", LOAD_TRANSDUCER, str(wav_scp), cwd=tmp_path)
-    assert loaded.returncode == 0, loaded.stderr[-2000:]
-    theirs = np.load(tmp_path / "logits.npz")
-
-    net, _ = ASRTransducerTask.build_model_from_file(exp / "config.yaml", exp / "latest.pth", "cpu")
-    net.load_state_dict(torch.load(exp / "valid.loss.ave.pth"))
-    student, dev = TransducerRecogniser(net.eval()), read(wav_scp)
-    for utt_id, wav in dev.items():
-        speech = torch.tensor(soundfile.read(wav, dtype="float32")[0])[None]
-        x = Utterances([utt_id], speech, torch.tensor([speech.shape[1]]))
-        log_p = torch.tensor(theirs[utt_id])[0].log_softmax(-1)  # t u1 v
+    exp, wav_scp = tmp_path / "exp", corpus / "data/dev/wav.scp"
+    theirs = elsewhere(stock, LOAD_TRANSDUCER, exp, wav_scp)
+    student, dev = here(ASRTransducerTask, TransducerRecogniser, exp, wav_scp)
+    for x in dev:
+        log_p = torch.tensor(theirs[x.utt_id[0]])[0].log_softmax(-1)  # t u1 v
         label = torch.stack([log_p[:, 0, 2], log_p[:, 1, 3]])[None]
         frames, lengths = torch.tensor([log_p.shape[0]]), torch.tensor([2])
         expected = full_sum(log_p[..., 0].t()[None], label, frames, lengths)
         with torch.no_grad():
             torch.testing.assert_close(student.score(x, [[2, 3]]).double(), expected)
-
-    decoded = stock(
-        "-m", "espnet2.bin.asr_transducer_inference", "--ngpu", "0", "--beam_size", "1",
-        "--asr_train_config", "exp/model/config.yaml", "--asr_model_file", "exp/model/model.pth",
-        "--data_path_and_name_and_type", f"{wav_scp},speech,sound", "--output_dir", "decoded",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert decoded.returncode == 0, decoded.stderr[-2000:]
-    assert set(read(tmp_path / "decoded/1best_recog/text")) == set(dev)
+    text = decode(stock, "asr_transducer_inference", exp, wav_scp)
+    assert set(text) == {x.utt_id[0] for x in dev}
