@@ -45,8 +45,7 @@ def ctc(
         L(y).  A sequence without any alignment costs exactly 0 with zero gradient,
         never infinity: ask ``feasible`` which ones those are.
     """
-    if not 0 <= blank < log_p.shape[-1]:
-        raise ValueError(f"blank is {blank}, the vocabulary has {log_p.shape[-1]} tokens")
+    _check_blank(blank, log_p.shape[-1])
     possible = feasible(frames, labels, label_lengths)
     # Half precision underflows within a few frames, so the sum is taken in float32 at least.
     log_p = log_p if log_p.dtype == torch.float64 else log_p.float()
@@ -83,8 +82,7 @@ def log_probability(
         log p(y|x); exactly 0 with zero gradient, never −inf, for a hypothesis without alignment:
         ask ``feasible(frames[utterance], ...)`` which ones those are.
     """
-    if not 0 <= blank < log_p.shape[-1]:
-        raise ValueError(f"blank is {blank}, the vocabulary has {log_p.shape[-1]} tokens")
+    _check_blank(blank, log_p.shape[-1])
     labels = labels.masked_fill(_padding(labels, label_lengths), blank)
     possible = feasible(frames[utterance], labels, label_lengths)
     return _Hypotheses.apply(log_p, frames, labels, label_lengths, utterance, blank, possible)
@@ -158,6 +156,11 @@ def feasible(
     """True where at least one alignment exists: frames ≥ labels + adjacent repeats, and ≥ 1."""
     repeats = (labels[:, 1:] == labels[:, :-1]) & ~_padding(labels, label_lengths)[:, 1:]
     return (frames >= label_lengths + repeats.sum(dim=1)) & (frames > 0)
+
+
+def _check_blank(blank: int, tokens: int) -> None:
+    if not 0 <= blank < tokens:
+        raise ValueError(f"blank is {blank}, the vocabulary has {tokens} tokens")
 
 
 def _padding(labels, label_lengths):

@@ -80,10 +80,7 @@ def planes(
     Raises:
         ValueError: shapes that do not fit together, or a token outside of the vocabulary.
     """
-    _check(joint, encoded, frames, predicted, utterance, tokens)
-    valid = torch.arange(encoded.shape[1], device=encoded.device) < frames[utterance, None]
-    nodes = valid if nodes is None else valid & nodes
-    asked = Asked(joint.activation, len(frames), utterance, tokens, nodes, rest, skip)
+    asked = ask(joint, encoded, frames, predicted, utterance, tokens, nodes, rest, skip)
     return _Planes.apply(encoded, predicted, joint.weight, joint.bias, asked, known)
 
 
@@ -111,6 +108,16 @@ class Asked:
         greatest.scatter_reduce_(0, self.utterance, size.amax(1), "amax")
         # Not '>': what is not a number must be seen, not left out.
         return self.nodes & ~(size <= self.skip * greatest[self.utterance, None])
+
+
+def ask(
+    joint, encoded, frames, predicted, utterance, tokens, nodes=None, rest=False, skip=0.0
+) -> Asked:
+    """What ``planes`` with these arguments is about, checked."""
+    _check(joint, encoded, frames, predicted, utterance, tokens)
+    valid = torch.arange(encoded.shape[1], device=encoded.device) < frames[utterance, None]
+    nodes = valid if nodes is None else valid & nodes
+    return Asked(joint.activation, len(frames), utterance, tokens, nodes, rest, skip)
 
 
 class _Planes(torch.autograd.Function):

@@ -36,6 +36,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from espnet_pl.losses.joint import product_type
+
 SLACK = 2  # frames; subsampling may round differently for teacher and student, no more than that
 
 
@@ -211,13 +213,11 @@ class _OfLogits(torch.autograd.Function):
 class _OfLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, chunk):
-        kind = hidden.device.type
-        shorter = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
-        ctx.product = torch.get_autocast_dtype(kind) if shorter else hidden.dtype
+        ctx.product = product_type(hidden)
         ctx.rows, ctx.chunk = rows, chunk
         ctx.save_for_backward(hidden, weight, bias)
         values = hidden.new_empty(len(hidden), dtype=_exact(hidden.dtype))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             for part, _, logits in _chunks(ctx, hidden, weight, bias):
                 values[part] = rows.compare(logits, part)[2]
         return values

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from espnet_pl.losses.band import band
-from espnet_pl.losses.joint import Asked, Joint, Tile, planes, product_type
+from espnet_pl.losses.joint import Joint, Tile, ask, planes, product_type
 from espnet_pl.losses.lattice import full_sum
 from espnet_pl.losses.logits import planes_of_logits
 
@@ -224,8 +224,7 @@ def _emitting(label: Tensor, fast_emit: float) -> Tensor:
 @torch.no_grad()
 def _band(joint, encoded, frames, predicted, hyps: Hypotheses):
     """The nodes of the lattices that matter, and their planes: `band.band`."""
-    valid = torch.arange(encoded.shape[1], device=encoded.device) < frames[hyps.owner, None]
-    asked = Asked(joint.activation, len(frames), hyps.owner, hyps.tokens, valid)
+    asked = ask(joint, encoded, frames, predicted, hyps.owner, hyps.tokens)
     tile = Tile(encoded, predicted, joint.weight, joint.bias, asked, product_type(encoded))
     of_each = frames[hyps.utterance], hyps.lengths
     return band(tile, hyps.states, hyps.columns, *of_each, TOLERANCE)
