@@ -15,7 +15,8 @@
 # in tools/requirements. If an environment with ESPnet is already active, nothing in it is changed: only
 # what is missing is added. A second run takes about a second, and an interrupted one continues.
 # pip's own settings (index, proxy, cache) are honoured. On Linux the default index has torch with CUDA
-# (about 6 GB on disk); with pip set to PyTorch's own CPU index the environment takes about 2 GB.
+# (about 6 GB on disk); with pip set to PyTorch's own CPU index the environment takes about 2 GB,
+# or 3 GB with --test: Triton alone is 700 MB.
 
 set -euo pipefail
 
@@ -184,7 +185,7 @@ install_itself() {  # install_itself PYTHON
 
 use_active() {
     local interpreter=$active/bin/python files=("$requirements/own.txt") state version why requirement words=()
-    [ $test = no ] || files+=("$requirements/test.txt")
+    [ $test = no ] || files+=("$requirements/test.txt" "$requirements/kernels.txt")
     state=$(active_state "$interpreter" "${files[@]}" 2>/dev/null) || return 1
     version=${state%% *}
     case $version in
@@ -225,14 +226,16 @@ stamped() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
 state_of() {  # state_of CUDA
     local file files=("$venv/pyvenv.cfg" "$root/setup.py")
     for file in "$requirements"/*.txt; do
-        case $file in */test.txt) ;; *) files+=("$file") ;; esac
+        case $file in */test.txt | */kernels.txt) ;; *) files+=("$file") ;; esac
     done
     { echo "$1 $root $venv" && cat "${files[@]}"; } 2>/dev/null | cksum
 }
 
+test_state_of() { cat "$requirements/test.txt" "$requirements/kernels.txt" | cksum; }
+
 up_to_date() {
     [ -x "$venv/bin/python" ] && [ "$(stamped main)" = "$(state_of "$cuda")" ] || return 1
-    [ $test = no ] || [ "$(stamped test)" = "$(cksum <"$requirements/test.txt")" ]
+    [ $test = no ] || [ "$(stamped test)" = "$(test_state_of)" ]
 }
 
 visible_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
@@ -312,7 +315,7 @@ esac
 
 # --- room ---------------------------------------------------------------------------------------------
 
-if [ "$cuda" = yes ]; then needed=8000; else needed=2500; fi
+if [ "$cuda" = yes ]; then needed=8000; elif [ $test = yes ]; then needed=3500; else needed=2500; fi
 mkdir -p "$(dirname "$venv")" 2>/dev/null || die "cannot make $(dirname "$venv")" "choose another place with --venv DIR"
 [ -w "$(dirname "$venv")" ] || die "not allowed to write to $(dirname "$venv")" "choose another place with --venv DIR"
 free=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print int($4 / 1024) }')
@@ -333,7 +336,11 @@ pip() { "$venv/bin/python" -m pip install "$@"; }
 if [ "$cuda" = yes ]; then torch="torch-cuda"; else torch="torch"; fi
 run "torch and what it needs (the longest step)" pip -r "$requirements/$torch.txt"
 run "ESPnet $espnet and what it needs" pip --no-deps -r "$requirements/espnet-$espnet.txt"
-[ $test = no ] || run "test tools" pip --no-deps -r "$requirements/test.txt"
+if [ $test = yes ]; then
+    run "test tools" pip --no-deps -r "$requirements/test.txt"
+    "$venv/bin/python" -c 'import triton' 2>/dev/null ||
+        run "Triton, for the tests of the kernels" pip --no-deps -r "$requirements/kernels.txt"
+fi
 run "espnet_pl itself" install_itself "$venv/bin/python"
 
 # torchaudio's wheel may be linked against another CUDA than torch, or against one where torch has none.
@@ -350,6 +357,6 @@ if [ "$venv" != "$root/tools/venv" ] && { [ -L "$root/tools/venv" ] || [ ! -e "$
 fi
 
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/bin/python" -m espnet_pl.doctor || die "the installation is not complete" "see the lines above"
-if [ $test = yes ]; then test_state=$(cksum <"$requirements/test.txt"); else test_state=""; fi
+if [ $test = yes ]; then test_state=$(test_state_of); else test_state=""; fi
 printf 'main=%s\ntest=%s\ncuda=%s\n' "$(state_of "$cuda")" "$test_state" "$cuda" >"$stamp"
 say "done; recipes find it by themselves, and by hand: . ${venv#"$PWD/"}/bin/activate"
