@@ -1,0 +1,81 @@
+"""./run.sh of a recipe from its first stage to its table, with little data and a few updates."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from test.egs.test_corpora import SMALL, needs_speech
+
+ROOT = Path(__file__).parents[2]
+
+
+def small_recipe(corpus, folder):
+    """A copy of the recipe in which every run ends after a few updates."""
+    shutil.copytree(
+        ROOT / f"egs/{corpus}/pl1",
+        folder,
+        ignore=lambda top, names: {n for n in names if n in ("data", "dump", "log")}
+        | {n for n in names if n.startswith(("exp", "RESULTS"))},
+    )
+    (folder / "path.sh").write_text("")  # the environment is this one; path.sh has its own tests
+    for conf in folder.glob("conf/**/*.yaml"):
+        settings = yaml.safe_load(conf.read_text()) or {}
+        if conf.name.startswith("asr"):
+            settings.update(num_iters_per_epoch=4, log_interval=2)
+        if "max_epoch" in settings:
+            settings["max_epoch"] = 1
+        conf.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return folder
+
+
+def run_sh(folder, corpus, *options):
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ours = {"PATH": path, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["./run.sh", *options],
+        cwd=folder,
+        env={**os.environ, **ours, "local_data_opts": SMALL[corpus]},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "corpus, model",
+    [("mini_alnum", "asr"), pytest.param("an4", "asr_transducer", marks=needs_speech)],
+)
+def test_from_audio_to_the_table(corpus, model, tmp_path):
+    pytest.importorskip("espeakng_loader")
+    folder = small_recipe(corpus, tmp_path / corpus / "pl1")
+    options = ["--method", "supervised,slimipl", "--seed", "1"]
+    own = "" if model == "asr" else f"_{model}"
+    if own:
+        options += ["--asr_config", f"conf/{model}.yaml"]
+    run_sh(folder, corpus, *options)
+    experiments = folder / f"exp{own}"
+    runs = json.loads((experiments / "results.json").read_text())["runs"]
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    table = (folder / f"RESULTS{own}.md").read_text()
+    for run in ("supervised", "slimipl"):
+        for heard in recipe["test"]:
+            assert f"|{run}/{heard}|" in table
+            decoded = experiments / run / "infer" / heard / "text"
+            utterances = (folder / "data" / heard / "text").read_text().splitlines()
+            assert len(decoded.read_text().splitlines()) == len(utterances) > 0
+        assert "1" in runs[run]
+        with zipfile.ZipFile(experiments / run / f"{corpus}_{run}.zip") as packed:
+            assert any(name.endswith(".pth") for name in packed.namelist())
+    before = {p: p.stat().st_mtime_ns for p in experiments.rglob("*") if p.is_file()}
+    run_sh(folder, corpus, *options)
+    assert {p: p.stat().st_mtime_ns for p in experiments.rglob("*") if p.is_file()} == before
