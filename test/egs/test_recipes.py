@@ -21,8 +21,10 @@ def small_recipe(corpus, folder):
     shutil.copytree(
         ROOT / f"egs/{corpus}/pl1",
         folder,
-        ignore=lambda top, names: {n for n in names if n in ("data", "dump", "log")}
-        | {n for n in names if n.startswith(("exp", "RESULTS"))},
+        ignore=lambda top, names: (
+            {n for n in names if n in ("data", "dump", "log")}
+            | {n for n in names if n.startswith(("exp", "RESULTS"))}
+        ),
     )
     (folder / "path.sh").write_text("")  # the environment is this one; path.sh has its own tests
     for conf in folder.glob("conf/**/*.yaml"):
