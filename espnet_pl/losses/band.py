@@ -12,8 +12,16 @@ time, by an arc a from a node v; whatever follows has a probability of at most 1
 The bound is made of B's own nodes: whatever B is, a band that leaves out too much does not go
 unnoticed.  Here B grows with the frames, a block of them at a time: followed are the states whose α
 is within a share of the greatest, and as many more as labels reach from there.  Where the bound is
-not met, the share is lowered by what is missing; where that would take most of the lattice, the
-hypothesis is computed completely.
+not met, the share is lowered by what is missing.
+
+A model that knows little yet has no such band: the probability of any one alignment is small
+against 1.  There each arc outside of B has an upper bound of its own (`bound.upper_planes`), and
+with P⁺ for the sum with p(a) inside of B and the bounds outside
+
+    P_B ≤ P ≤ P⁺
+
+B are the nodes that have an occupancy worth the name in the lattice of the bounds.  Where that
+would take most of the lattice, or neither bound is met, the hypothesis is computed completely.
 
 Source: ours.
 Axes: k hypotheses, u1 predictor states of each, s predictor states of all utterances, t frames, p
@@ -26,7 +34,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from espnet_pl.losses.bound import upper_planes
 from espnet_pl.losses.joint import Tile
+from espnet_pl.losses.lattice import full_sum
 
 BLOCK = 16  # frames: enough for tiles of some hundred nodes, and few enough to follow the labels
 REACH = 4  # states above those that are followed
@@ -34,7 +44,10 @@ PACE = 1.0  # and for each frame behind the first of a block, times the labels o
 SHARE = 12.0  # of the first walk, which is to find log P to within little
 MARGIN = 3.0  # there are many arcs to leave by
 WALKS = 3
-MOST = 0.6  # of a lattice: beyond that, to compute all of it takes less time
+HOPELESS = 40.0  # where so much more has left than goes on, no walk will do; the log of the ratio
+OCCUPANCIES = 1e-8, 1e-11  # of a node, at least, where arcs have bounds of their own
+MOST = 0.6  # of a lattice: beyond that, to compute all of it takes less time than more walks
+WORTH = 0.8  # of a lattice whose arcs have bounds: computing the rest takes no longer than they did
 NEVER = -700.0  # the log of less than float64 can tell from 0 beside anything else
 
 
@@ -73,6 +86,10 @@ def band(
         share, margin = torch.inf, margin + MARGIN
         left = left[(gap[left] > tolerance) & excess.isfinite()]
     wide = ~(gap <= tolerance)  # also what is not a number
+    if wide.any():
+        left = wide.nonzero()[:, 0]
+        gap[left] = search.enclose(left, tolerance)
+        wide = ~(gap <= tolerance)
     search.complete(wide)
     return search.planes, search.done, gap.masked_fill(wide, 0.0)
 
@@ -86,6 +103,7 @@ class _Search:
         self.flat = tile.empty_planes()
         self.known = torch.zeros_like(self.flat[0], dtype=torch.bool)
         self.u = torch.arange(states.shape[1], device=states.device)
+        self.time = torch.arange(tile.t, device=states.device)
 
     @property
     def planes(self) -> Float[Tensor, "p s t"]:
@@ -97,10 +115,45 @@ class _Search:
 
     def complete(self, which: Bool[Tensor, " k"]) -> None:
         """Compute all nodes of these hypotheses."""
-        time = torch.arange(self.tile.t, device=which.device)
         inside = (self.u <= self.lengths[:, None]) & which[:, None]
-        inside = inside[:, :, None] & (time < self.frames[:, None, None])
-        self._compute((self.states[:, :, None] * self.tile.t + time)[inside])
+        inside = inside[:, :, None] & (self.time < self.frames[:, None, None])
+        self._compute((self.states[:, :, None] * self.tile.t + self.time)[inside])
+
+    def enclose(self, rows: Int[Tensor, " k"], tolerance: float) -> Float[Tensor, " k"]:
+        """log P⁺ − log P_B of these hypotheses; not a number where B would be too wide."""
+        self.tile.release()
+        used = torch.zeros_like(self.done[:, 0])
+        used[self.states[rows]] = True
+        mixed = upper_planes(self.tile, used).flatten(1)
+        index = self.states[rows][:, :, None] * self.tile.t + self.time
+        gap = torch.full(rows.shape, torch.nan, dtype=torch.float64, device=rows.device)
+        for least in OCCUPANCIES:
+            mixed[:, self.known] = self.flat[:, self.known]
+            inside = self._occupancies(rows, index, mixed) > least
+            inside &= ~(gap <= tolerance)[:, None, None]
+            share = inside.flatten(1).sum(1) / (self.frames * (self.lengths + 1))[rows]
+            self._compute(index[inside & (share < WORTH)[:, None, None]])
+            self.tile.release()
+            mixed[:, self.known] = self.flat[:, self.known]
+            gap = self._sum(rows, index, mixed) - self._sum(rows, index, self.flat)
+            if bool((gap <= tolerance).all()):
+                break
+        return gap
+
+    def _sum(self, rows, index, flat):
+        """log P of these hypotheses with such planes."""
+        blank, label = self._gather(rows, index, flat)
+        return full_sum(blank, label[:, :-1], self.frames[rows], self.lengths[rows])
+
+    def _occupancies(self, rows, index, flat):
+        """Of all nodes of these hypotheses, (k, u1, t), with such planes."""
+        blank, label = self._gather(rows, index, flat)
+        with torch.enable_grad():
+            arcs = blank.requires_grad_(), label[:, :-1].requires_grad_()
+            total = full_sum(*arcs, self.frames[rows], self.lengths[rows]).sum()
+        occupancy, labels = torch.autograd.grad(total, arcs)
+        occupancy[:, :-1] += labels
+        return occupancy
 
     def follow(self, rows: Int[Tensor, " k"], share: float, floor: Float[Tensor, " k"]):
         """Once through the frames, for these hypotheses.
@@ -124,7 +177,8 @@ class _Search:
             time = torch.arange(start, min(start + BLOCK, self.tile.t), device=rows.device)
             least = floor.maximum(alpha.amax(1) - share)
             followed = alpha >= least[:, None]
-            followed &= ((frames > start) & (nodes < most))[:, None]
+            going_on = leak < alpha.logsumexp(1) + HOPELESS
+            followed &= ((frames > start) & (nodes < most) & going_on)[:, None]
             low = torch.where(followed, self.u, len(self.u)).amin(1)
             high = torch.where(followed, self.u, -1).amax(1)
             ahead = (pace[:, None] * (time - start)).long()
@@ -175,9 +229,12 @@ class _Search:
         """Blanks and next labels in the window, (k, u1, t) in float64; computed if need be."""
         index = self.states[rows][:, :, None] * self.tile.t + time
         self._compute(index[window])
-        blank = self.flat[0][index].double()
-        label = self.flat[self.columns[rows][:, :, None], index].double().clamp(min=NEVER)
-        return blank, label
+        blank, label = self._gather(rows, index, self.flat)
+        return blank, label.clamp(min=NEVER)
+
+    def _gather(self, rows, index, flat):
+        """Blanks and next labels of the hypotheses' nodes, in float64."""
+        return flat[0][index].double(), flat[self.columns[rows][:, :, None], index].double()
 
     def _compute(self, index):
         index = index[~self.known[index]].unique()  # hypotheses may share states

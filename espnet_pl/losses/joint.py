@@ -193,6 +193,10 @@ class Tile:
         sums = self.encoded.new_empty(2, self.rows, j)
         return *sums, self.encoded.new_empty(self.rows, v)
 
+    def release(self) -> None:
+        """Give the room back until it is needed again."""
+        self.__dict__.pop("room", None)
+
     def split(self, index: Int[Tensor, " r"]) -> Sequence[Tensor]:
         """These nodes, some at a time."""
         return index.split(self.rows)

@@ -117,13 +117,13 @@ class _Grid:
     def occupancies(self, alpha, beta, log_p):
         """Of the blank and the label arcs, (k, u+1, t) and (k, u, t)."""
         possible = ~log_p.isneginf()[:, None]
-        start = alpha[:-1] - log_p[:, None]
-        blank = (start + self.blank[:-1] + beta[1:]).exp()
-        label = (start[..., :-1] + self.label[:-1] + beta[1:, :, 1:]).exp()
-        arcs = ((blank, self.blank_arcs), (label, self.label_arcs))
+        blank = (alpha[:-1] + self.blank[:-1]).add_(beta[1:])
+        label = (alpha[:-1, :, :-1] + self.label[:-1]).add_(beta[1:, :, 1:])
         return [
-            self._straight(occupancy.where(possible, 0.0), mask).to(self.type)
-            for occupancy, mask in arcs
+            self._straight(
+                occupancy.sub_(log_p[:, None]).exp_().masked_fill_(~possible, 0.0), arcs
+            ).to(self.type)
+            for occupancy, arcs in ((blank, self.blank_arcs), (label, self.label_arcs))
         ]
 
     def _skew(self, x, mask):

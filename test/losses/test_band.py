@@ -15,11 +15,16 @@ TOLERANCE = 1e-6
 
 
 class Given(Tile):
-    """Planes that are there already, (2, k, u1, t), one state for each prefix; counts the nodes."""
+    """Planes that are there already, (2, k, u1, t), one state for each prefix; counts the nodes.
 
-    def __init__(self, log_p):
+    Args:
+        slack: of the upper bounds, in nats; of infinity, that no probability is above 1.
+    """
+
+    def __init__(self, log_p, slack=torch.inf):
         self.k, self.u1, self.t = log_p.shape[1:]
-        self.log_p, self.asked = log_p.flatten(1), torch.zeros(log_p[0].numel(), dtype=torch.long)
+        self.log_p, self.slack = log_p.flatten(1), slack
+        self.computed = torch.zeros(log_p[0].numel(), dtype=torch.long)
 
     def empty_planes(self):
         return torch.full_like(self.log_p, -torch.inf)
@@ -28,20 +33,30 @@ class Given(Tile):
         return index.split(7)
 
     def log_probs(self, index):
-        self.asked[index] += 1
+        self.computed[index] += 1
         return self.log_p[:, index]
+
+    def upper(self):
+        return (self.log_p + self.slack).clamp(max=0.0).view(2, -1, self.t)
 
     def band(self, frames, lengths, tolerance=TOLERANCE):
         states = torch.arange(self.k * self.u1).view(self.k, self.u1)
         columns = torch.ones(self.k, self.u1 - 1, dtype=torch.long)
         found, done, gap = band(self, states, columns, frames, lengths, tolerance)
-        assert (self.asked <= 1).all() and (self.asked == done.flatten()).all()
+        assert (self.computed <= 1).all() and (self.computed == done.flatten()).all()
         assert found.flatten(1)[:, ~done.flatten()].isneginf().all()
         return found.unflatten(1, (self.k, self.u1)), gap
 
     def log_probability(self, frames, lengths, log_p=None):
         blank, label = self.log_p.view(2, self.k, self.u1, self.t) if log_p is None else log_p
         return full_sum(blank, label[:, :-1], frames, lengths)
+
+
+@pytest.fixture(autouse=True)
+def _bounds_of_what_is_given(monkeypatch):
+    bounds = module.upper_planes
+    own = lambda tile, states: tile.upper() if isinstance(tile, Given) else bounds(tile, states)  # noqa: E731
+    monkeypatch.setattr(module, "upper_planes", own)
 
 
 def lattice(k, t, u, sharp, seed):
@@ -59,24 +74,64 @@ def lattice(k, t, u, sharp, seed):
 @given(
     st.integers(1, 3), st.integers(1, 50), st.integers(0, 12), st.floats(0, 12),
     st.integers(0, 10**6), st.sampled_from([1e-2, 1e-6, 1e-9]),
+    st.sampled_from([0.0, 0.05, 0.5, torch.inf]),
 )  # fmt: skip
-def test_what_is_left_out_is_within_the_bound(k, t, u, sharp, seed, tolerance):
+def test_what_is_left_out_is_within_the_bound(k, t, u, sharp, seed, tolerance, slack):
     g = torch.Generator().manual_seed(seed)
     frames, lengths = (torch.randint(1, t + 1, (k,), generator=g) for _ in range(2))
     lengths = torch.randint(0, u + 1, (k,), generator=g)
-    tile = Given(lattice(k, t, u, sharp, seed))
+    tile = Given(lattice(k, t, u, sharp, seed), slack)
     found, gap = tile.band(frames, lengths, tolerance)
     less = tile.log_probability(frames, lengths) - tile.log_probability(frames, lengths, found)
     assert (less >= -1e-9).all() and (less <= gap + 1e-9).all() and (gap <= tolerance).all()
 
 
-def test_a_sharp_lattice_needs_few_nodes_and_a_flat_one_all():
+@pytest.mark.parametrize("slack", [0.05, torch.inf])
+@pytest.mark.parametrize("sharp", [2.0, 5.0])
+def test_what_leaves_a_loose_band_counts(sharp, slack):
+    """With much to lose, something is left out of nearly every lattice."""
+    tile = Given(lattice(50, 50, 12, sharp, seed=0), slack)
+    frames, lengths = torch.full((50,), 50), torch.full((50,), 12)
+    found, gap = tile.band(frames, lengths, 1e-2)
+    less = tile.log_probability(frames, lengths) - tile.log_probability(frames, lengths, found)
+    assert (less <= gap + 1e-9).all() and (less > 1e-9).sum() > 10
+
+
+def test_a_sharp_lattice_needs_few_nodes_and_a_flat_one_without_bounds_all():
     frames, lengths = torch.tensor([400]), torch.tensor([100])
     sharp, flat = (Given(lattice(1, 400, 100, s, seed=0)) for s in (8.0, 0.0))
     _, gap = sharp.band(frames, lengths)
-    assert 0 < gap.item() <= TOLERANCE and sharp.asked.sum() < 0.2 * 400 * 101
+    assert 0 < gap.item() <= TOLERANCE and sharp.computed.sum() < 0.2 * 400 * 101
     _, gap = flat.band(frames, lengths)
-    assert gap.item() == 0 and flat.asked.sum() == 400 * 101
+    assert gap.item() == 0 and flat.computed.sum() == 400 * 101
+
+
+def test_a_flat_lattice_with_tight_bounds_needs_less_than_half():
+    frames, lengths = torch.tensor([400, 300]), torch.tensor([100, 60])
+    tile = Given(lattice(2, 400, 100, 0.0, seed=0), slack=0.02)
+    found, gap = tile.band(frames, lengths)
+    assert (gap > 0).all() and (gap <= TOLERANCE).all()
+    assert tile.computed.sum() < 0.5 * (400 * 101 + 300 * 61)
+    less = tile.log_probability(frames, lengths) - tile.log_probability(frames, lengths, found)
+    assert (less >= -1e-9).all() and (less <= gap + 1e-9).all()
+
+
+def test_a_flat_lattice_whose_likely_part_the_bounds_hide_is_computed_completely():
+    """The least that a bound may be: above all of the nodes that matter, and no less."""
+    log_p = lattice(1, 100, 20, 0.0, seed=0)
+    tile = Given(log_p)
+    # Bounds of 1 where nothing is likely: the occupancy is all there.
+    upper = log_p.clone()
+    upper[:, :, 15:, :60] = 0.0
+    tile.upper = lambda: upper.view(2, -1, 100)
+    frames, lengths = torch.tensor([100]), torch.tensor([20])
+    found, gap = tile.band(frames, lengths)
+    torch.testing.assert_close(
+        tile.log_probability(frames, lengths, found),
+        tile.log_probability(frames, lengths),
+        rtol=0,
+        atol=TOLERANCE,
+    )
 
 
 def trap(doubt):
@@ -103,10 +158,11 @@ def test_a_search_that_starts_too_narrow_ends_with_the_whole(monkeypatch):
     monkeypatch.setattr(module, "SHARE", 0.0)  # follow the best state only
     monkeypatch.setattr(module, "REACH", 1)
     monkeypatch.setattr(module, "WALKS", 1)
+    monkeypatch.setattr(module, "OCCUPANCIES", ())
     tile = Given(lattice(2, 60, 12, 3.0, seed=0))
     frames, lengths = torch.tensor([60, 48]), torch.tensor([12, 10])
     found, gap = tile.band(frames, lengths)
-    assert (gap == 0).all() and tile.asked.sum() == 60 * 13 + 48 * 11
+    assert (gap == 0).all() and tile.computed.sum() == 60 * 13 + 48 * 11
     torch.testing.assert_close(
         tile.log_probability(frames, lengths, found), tile.log_probability(frames, lengths)
     )
