@@ -104,18 +104,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained system: ``conf/<name>.yaml`` over ``conf/asr.yaml``."""
+    """One trained system: ``conf/<name>.yaml`` over ``conf/asr.yaml``; see ``files``."""
 
     name: str
+    conf: Path  # the file that makes it a run
     method: str
     options: RunOptions
     normalize: str | None  # of the merged configuration: decides whether statistics are needed
     task: str  # the same: which of ESPnet's programs recognises
-
-    @property
-    def conf(self) -> Path:
-        """The file with this run's differences."""
-        return Path(f"conf/{self.name}.yaml")
 
     @property
     def decode(self) -> Path:
@@ -145,21 +141,31 @@ def load_recipe(path: Path = Path("recipe.yaml")) -> Recipe:
 
 
 def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
-    """Every ``conf/*.yaml`` with a ``method:``; what it leaves open is as in the recipe."""
+    """Every ``conf/*.yaml`` with a ``method:``, and every ``conf/<model>/*.yaml`` of this model.
+
+    What a run leaves open is as in the recipe.
+    """
     runs = {}
     usual = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
-    for path in sorted(Path("conf").glob("*.yaml")):
-        conf = _mapping(path)
-        if "method" in conf:
-            own = conf.get("recipe") or {}
+    found = [path for top in ("", asr.stem) for path in Path("conf", top).glob("*.yaml")]
+    for name in sorted({path.stem for path in found}):
+        shared = _mapping(asr) if asr.exists() else {}
+        merged: dict = {}
+        options: dict = {}
+        for path in files(name, asr)[1:]:
+            merged |= _mapping(path)
+            own = _mapping(path).get("recipe") or {}
             if not isinstance(own, dict):
                 raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
-            options = _typed(RunOptions, {**usual, **own}, f"{path}, recipe:")
-            merged: dict = {}
-            for file in files(path.stem, asr):
-                merged |= _mapping(file) if file.exists() else {}
-            normalize, task = merged.get("normalize"), merged.get("task")
-            runs[path.stem] = Run(path.stem, str(conf["method"]), options, normalize, task or "asr")
+            options |= own
+        if "method" in merged:
+            path = files(name, asr)[1]
+            typed = _typed(RunOptions, {**usual, **options}, f"{path}, recipe:")
+            merged = shared | merged
+            runs[name] = Run(
+                name, path, str(merged["method"]), typed, merged.get("normalize"),
+                merged.get("task") or "asr",
+            )  # fmt: skip
     for run in runs.values():
         if run.options.init is not None and run.options.init not in runs:
             raise RecipeError(f"{run.conf}, recipe: init: {did_you_mean(run.options.init, runs)}")
@@ -174,10 +180,13 @@ def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
 
 
 def files(run: str, asr: Path) -> list[Path]:
-    """The configuration of a run, a later file over an earlier one: what all runs of a model share,
-    the run, and, if there is one, what differs for this model: ``conf/<model>/<run>.yaml``."""
-    own = Path("conf", asr.stem, f"{run}.yaml")
-    return [asr, Path(f"conf/{run}.yaml"), *([own] if own.exists() else [])]
+    """The configuration of a run, a later file over an earlier one.
+
+    What all runs of a model share; the run, ``conf/<run>.yaml``; and what differs for this model,
+    or a run that only this model has: ``conf/<model>/<run>.yaml``.
+    """
+    own = [Path(f"conf/{run}.yaml"), Path("conf", asr.stem, f"{run}.yaml")]
+    return [asr, *(path for path in own if path.exists())]
 
 
 def with_inits(names: Iterable[str], runs: Mapping[str, Run]) -> list[str]:

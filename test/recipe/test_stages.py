@@ -229,6 +229,17 @@ def test_another_model_has_experiments_and_a_table_of_its_own():
     own = "--config conf/asr_transducer/slimipl.yaml"
     assert confs + own in shells["train slimipl seed 1"]
     assert own not in shells["train supervised seed 1"]
+    # A run that only this model has, from which another one starts.
+    first = "method: supervised\nmax_epoch: 2\nrecipe: {labelled: train_oracle}\n"
+    Path("conf/asr_transducer/ctc.yaml").write_text(first)
+    Path("conf/asr_transducer/supervised.yaml").write_text("recipe: {init: ctc}\n")
+    of_model = plan(asr=Path("conf/asr_transducer.yaml"), expdir=Path("exp_asr_transducer"))
+    shells = {job.name: job.shell() for job in stages.train(of_model)}
+    assert "data/train_oracle/wav.scp" in shells["train ctc seed 1"]
+    assert "exp_asr_transducer/ctc/model/model.pth" in shells["train supervised seed 1"]
+    assert "train ctc seed 1" not in {job.name for job in stages.train(plan())}
+    Path("conf/asr_transducer/ctc.yaml").unlink()
+    Path("conf/asr_transducer/supervised.yaml").unlink()
     again = (
         "--asr_config",
         "conf/asr_transducer.yaml",
