@@ -120,7 +120,7 @@ class _Search:
         self._compute((self.states[:, :, None] * self.tile.t + self.time)[inside])
 
     def enclose(self, rows: Int[Tensor, " k"], tolerance: float) -> Float[Tensor, " k"]:
-        """log P⁺ − log P_B of these hypotheses; not a number where B would be too wide."""
+        """log P⁺ − log P_B of these hypotheses; infinite, or no number, where B is too wide."""
         self.tile.release()
         used = torch.zeros_like(self.done[:, 0])
         used[self.states[rows]] = True
