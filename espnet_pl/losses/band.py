@@ -117,7 +117,7 @@ class _Search:
         """Compute all nodes of these hypotheses."""
         inside = (self.u <= self.lengths[:, None]) & which[:, None]
         inside = inside[:, :, None] & (self.time < self.frames[:, None, None])
-        self._compute((self.states[:, :, None] * self.tile.t + self.time)[inside])
+        self._compute(self._index(slice(None), self.time)[inside])
 
     def enclose(self, rows: Int[Tensor, " k"], tolerance: float) -> Float[Tensor, " k"]:
         """log P⁺ − log P_B of these hypotheses; infinite, or no number, where B is too wide."""
@@ -125,10 +125,10 @@ class _Search:
         used = torch.zeros_like(self.done[:, 0])
         used[self.states[rows]] = True
         mixed = upper_planes(self.tile, used).flatten(1)
-        index = self.states[rows][:, :, None] * self.tile.t + self.time
+        mixed[:, self.known] = self.flat[:, self.known]
+        index = self._index(rows, self.time)
         gap = torch.full(rows.shape, torch.nan, dtype=torch.float64, device=rows.device)
         for least in OCCUPANCIES:
-            mixed[:, self.known] = self.flat[:, self.known]
             inside = self._occupancies(rows, index, mixed) > least
             inside &= ~(gap <= tolerance)[:, None, None]
             share = inside.flatten(1).sum(1) / (self.frames * (self.lengths + 1))[rows]
@@ -174,7 +174,7 @@ class _Search:
         pace = PACE * lengths / frames.clamp(min=1)
         reach = torch.full_like(frames, REACH)
         for start in range(0, int(frames.max()) if len(rows) else 0, BLOCK):
-            time = torch.arange(start, min(start + BLOCK, self.tile.t), device=rows.device)
+            time = self.time[start : start + BLOCK]
             least = floor.maximum(alpha.amax(1) - share)
             followed = alpha >= least[:, None]
             going_on = leak < alpha.logsumexp(1) + HOPELESS
@@ -227,10 +227,14 @@ class _Search:
 
     def _arcs(self, rows, window, time):
         """Blanks and next labels in the window, (k, u1, t) in float64; computed if need be."""
-        index = self.states[rows][:, :, None] * self.tile.t + time
+        index = self._index(rows, time)
         self._compute(index[window])
         blank, label = self._gather(rows, index, self.flat)
         return blank, label.clamp(min=NEVER)
+
+    def _index(self, rows, time):
+        """Where the hypotheses' nodes are in the planes, (k, u1, t)."""
+        return self.states[rows][:, :, None] * self.tile.t + time
 
     def _gather(self, rows, index, flat):
         """Blanks and next labels of the hypotheses' nodes, in float64."""

@@ -27,8 +27,8 @@ SOME = 8  # nodes of a frame, for its q: more make the bound no tighter
 def upper_planes(tile: Tile, states: Bool[Tensor, " s"]) -> Float[Tensor, "m s t"]:
     """At least log p(tokens[s, m] | s, t), at the nodes asked for in these states; −inf elsewhere.
 
-    It is at least what exact arithmetic would give; the sums are taken in ``tile.exact``, and what
-    autocast does to the products is no part of it.
+    Weights are the tile's, in autocast's type if there is one; sums and products are in
+    ``tile.exact``, so that what autocast does to products is no part of it.
     """
     asked, exact = tile.asked, tile.exact
     weight, bias = tile.weight.to(exact), tile.bias

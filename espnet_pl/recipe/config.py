@@ -145,21 +145,22 @@ def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
 
     What a run leaves open is as in the recipe.
     """
-    runs = {}
+    runs, shared = {}, _mapping(asr) if asr.exists() else {}
     usual = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
     found = [path for top in ("", asr.stem) for path in Path("conf", top).glob("*.yaml")]
     for name in sorted({path.stem for path in found}):
-        shared = _mapping(asr) if asr.exists() else {}
         merged: dict = {}
         options: dict = {}
-        for path in files(name, asr)[1:]:
-            merged |= _mapping(path)
-            own = _mapping(path).get("recipe") or {}
+        paths = files(name, asr)[1:]
+        for path in paths:
+            conf = _mapping(path)
+            own = conf.get("recipe") or {}
             if not isinstance(own, dict):
                 raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
+            merged |= conf
             options |= own
         if "method" in merged:
-            path = files(name, asr)[1]
+            path = paths[0]
             typed = _typed(RunOptions, {**usual, **options}, f"{path}, recipe:")
             merged = shared | merged
             runs[name] = Run(

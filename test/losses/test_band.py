@@ -55,7 +55,10 @@ class Given(Tile):
 @pytest.fixture(autouse=True)
 def _bounds_of_what_is_given(monkeypatch):
     bounds = module.upper_planes
-    own = lambda tile, states: tile.upper() if isinstance(tile, Given) else bounds(tile, states)  # noqa: E731
+
+    def own(tile, states):
+        return tile.upper() if isinstance(tile, Given) else bounds(tile, states)
+
     monkeypatch.setattr(module, "upper_planes", own)
 
 

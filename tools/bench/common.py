@@ -3,6 +3,7 @@
 Only torch is needed, so that a script which uses this also runs in the Python of its peers.
 """
 
+import argparse
 import json
 import os
 import re
@@ -16,6 +17,14 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def parser(text: str, repeat: int, of: str) -> argparse.ArgumentParser:
+    """What every benchmark can be asked: to repeat, and to write what it measured."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawTextHelpFormatter)
+    made.add_argument("--repeat", type=int, default=repeat, help=of)
+    made.add_argument("--json", type=Path, metavar="FILE")
+    return made
 
 
 def reset_peak() -> float:

@@ -17,15 +17,13 @@ worst tensor.  torch's gradient is right for the logits beneath log-probabilitie
 carried there before they are compared.
 """
 
-import argparse
 import json
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
-from common import machine, reset_peak, status, timed
+from common import machine, parser, reset_peak, status, timed
 from torch.nn.functional import ctc_loss, kl_div, linear
 
 from espnet_pl.losses.ctc import log_probability
@@ -216,14 +214,10 @@ def table(title: str, rows: dict) -> str:
 
 def main() -> None:
     """Measure, print, and write what was measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shape", action="append", help=f"N,T,U,V (default: {' '.join(SHAPES)})")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="to see that it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
+    options = parser(__doc__, 5, "runs")
+    options.add_argument("--shape", action="append", help=f"N,T,U,V (default: {' '.join(SHAPES)})")
+    options.add_argument("--small", action="store_true", help="to see that it runs")
+    args = options.parse_args()
     torch.set_num_threads(1)
     several, output = ([4], (2, 20, 16, 50, 4)) if args.small else (HYPOTHESES, OUTPUT)
     result: dict = {"machine": machine(), "cases": {}}

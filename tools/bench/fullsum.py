@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import ROOT, fresh, machine, reset_peak, status
+from common import ROOT, fresh, machine, parser, reset_peak, status
 
 SHAPES = ["8,200,40,500", "4,400,100,1000", "16,100,20,100"]  # utterances, frames, labels, tokens
 JOINT = 512
@@ -310,19 +310,15 @@ def table(found: dict[str, dict]) -> str:
 
 def main() -> None:
     """All shapes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shape", action="append", help=f"B,T,U,V (default: {' '.join(SHAPES)})")
-    parser.add_argument("--trained", type=Path, help="folder of a trained transducer's experiment")
-    parser.add_argument(
+    options = parser(__doc__, 3, "rounds")
+    options.add_argument("--shape", action="append", help=f"B,T,U,V (default: {' '.join(SHAPES)})")
+    options.add_argument("--trained", type=Path, help="folder of a trained transducer's experiment")
+    options.add_argument(
         "--peers", help="a Python that has torchaudio and the torch it was built for"
     )
-    parser.add_argument("--repeat", type=int, default=3, help="rounds")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", choices=[*VARIANTS, *GIVEN], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options.add_argument("--one", choices=[*VARIANTS, *GIVEN], help=argparse.SUPPRESS)
+    options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = options.parse_args()
     if args.one:
         run = run_given if args.one in GIVEN else run_one
         print(json.dumps(run(args.one, args.folder)))

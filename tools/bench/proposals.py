@@ -32,10 +32,9 @@ import argparse
 import itertools
 import json
 import tempfile
-from pathlib import Path
 
 import torch
-from common import fresh, machine, timed
+from common import fresh, machine, parser, timed
 
 RATE = 25  # frames per second
 SETTINGS = [(8, 5), (8, 20), (20, 5), (20, 20)]  # beam, tokens of a frame
@@ -286,16 +285,12 @@ def table(title: str, rows: list[dict]) -> str:
 
 def main() -> None:
     """Measure, print, and write what was measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--peers", help="a Python that has flashlight-text and torchaudio")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="short speech, to see that it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__, 3, "calls")
+    options.add_argument("--peers", help="a Python that has flashlight-text and torchaudio")
+    options.add_argument("--small", action="store_true", help="short speech, to see that it runs")
+    options.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
+    options.add_argument("--folder", help=argparse.SUPPRESS)
+    args = options.parse_args()
     torch.set_num_threads(1)
     if args.one:
         print(json.dumps(run_peer(args.one, args.folder, args.repeat)))
