@@ -81,6 +81,8 @@ class Recipe:
 class RunOptions:
     """The ``recipe:`` mapping of ``conf/<run>.yaml``, read by the driver only.
 
+    That of ``conf/asr.yaml`` is for all runs of the model.
+
     Args:
         labelled: the labelled set (default: the recipe's).
         unlabelled: the unlabelled set (default: the recipe's, if there is one).
@@ -145,26 +147,25 @@ def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
 
     What a run leaves open is as in the recipe.
     """
-    runs, shared = {}, _mapping(asr) if asr.exists() else {}
+    runs = {}
+    shared = {asr: _mapping(asr)} if asr.exists() else {}
     usual = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
     found = [path for top in ("", asr.stem) for path in Path("conf", top).glob("*.yaml")]
     for name in sorted({path.stem for path in found}):
         merged: dict = {}
         options: dict = {}
         paths = files(name, asr)[1:]
-        for path in paths:
-            conf = _mapping(path)
+        for path, conf in (shared | {path: _mapping(path) for path in paths}).items():
             own = conf.get("recipe") or {}
             if not isinstance(own, dict):
                 raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
             merged |= conf
             options |= own
         if "method" in merged:
-            path = paths[0]
-            typed = _typed(RunOptions, {**usual, **options}, f"{path}, recipe:")
-            merged = shared | merged
+            where = " + ".join(map(str, files(name, asr)))
+            typed = _typed(RunOptions, {**usual, **options}, f"{where}, recipe:")
             runs[name] = Run(
-                name, path, str(merged["method"]), typed, merged.get("normalize"),
+                name, paths[0], str(merged["method"]), typed, merged.get("normalize"),
                 merged.get("task") or "asr",
             )  # fmt: skip
     for run in runs.values():

@@ -255,6 +255,16 @@ def test_another_model_has_experiments_and_a_table_of_its_own():
     assert call("--stop_stage", "train")[1] == []
 
 
+def test_a_model_may_have_tokens_of_its_own():
+    Path("conf/asr_transducer.yaml").write_text(
+        "task: asr_transducer\nrecipe: {token_type: char}\n"
+    )
+    transducers = plan(asr=Path("conf/asr_transducer.yaml"), expdir=Path("exp_asr_transducer"))
+    for made, tokens in ((plan(), "word"), (transducers, "char")):
+        trained = [job.shell() for job in stages.train(made) if job.name.startswith("train")]
+        assert trained and all(f"--token_type {tokens}" in shell for shell in trained)
+
+
 def test_a_failure_is_told_and_mended(capsys):
     BAD.add("train slimipl seed 1")
     try:
