@@ -88,6 +88,33 @@ def log_probability(
     return _Hypotheses.apply(log_p, frames, labels, label_lengths, utterance, blank, possible)
 
 
+def occupancies(
+    log_p: Float[Tensor, "n t v"],
+    frames: Int[Tensor, " n"],
+    labels: Int[Tensor, "k u"],
+    label_lengths: Int[Tensor, " k"],
+    utterance: Int[Tensor, " k"],
+    weights: Float[Tensor, " k"],
+    blank: int = 0,
+) -> Float[Tensor, "n t v"]:
+    """How often alignments of the hypotheses say each token in each frame, in expectation.
+
+        γ_t(v) = Σ_k w_k · p(π_t = v | y_k, x)
+
+    With w_k the probability of hypothesis k among those of its utterance, γ_t is the distribution
+    of a frame's token given that one of them was said.  Frames are then not independent any more:
+    every label of a hypothesis is said somewhere.  Without gradient.
+
+    Args:
+        weights: w_k; those of a hypothesis without alignment count for nothing.
+    """
+    with torch.enable_grad():
+        leaf = log_p.detach().requires_grad_()
+        each = log_probability(leaf, frames, labels, label_lengths, utterance, blank)
+        (gamma,) = torch.autograd.grad((weights.detach() * each).sum(), leaf)
+    return gamma
+
+
 class _Hypotheses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_p, frames, labels, lengths, utterance, blank, possible):

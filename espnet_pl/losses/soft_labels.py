@@ -17,7 +17,8 @@ student's logits is
 
     ( q_t(v) − p_t(v) ) / τ for v ∈ K_t,      q_t(v) ( 1 − p_t(rest) / q_t(rest) ) / τ for others
 
-The cross-entropy is L(x) plus ``entropy``, which has no gradient.
+The cross-entropy is L(x) plus ``entropy``, which has no gradient.  Frames may have weights: w_t
+times their summand; 0 leaves one out.
 
 With k = V and τ = τ' = 1 the cross-entropy is − Σ_π p(π|x) log q(π|x) over the alignments π of CTC,
 whose frames are independent.
@@ -104,6 +105,7 @@ def kl(
     *,
     temperature: float = 1.0,
     rescale: bool = False,
+    weights: Float[Tensor, "n frames"] | None = None,
 ) -> Float[Tensor, " n"]:
     """L of each utterance, in float32 at least.
 
@@ -113,12 +115,13 @@ def kl(
         temperature: τ.
         rescale: take it τ² times.  With τ = τ', gradients shrink about as 1/τ²; this way their
             size, and the weight of the loss, need not change with τ.
+        weights: w_t, on the axes of the soft labels; without gradient.
 
     Returns:
         L(x), 0 without any frame; infinite if the student's probability of something is 0 that the
         teacher deems possible, with a finite gradient.
     """
-    rows = _Rows(frames, target, logits.shape[:2], logits.shape[-1], temperature, rescale)
+    rows = _Rows(frames, target, logits.shape[:2], logits.shape[-1], temperature, rescale, weights)
     return rows.per_utterance(_OfLogits.apply(rows.of(logits), rows))
 
 
@@ -131,6 +134,7 @@ def kl_of_linear(
     *,
     temperature: float = 1.0,
     rescale: bool = False,
+    weights: Float[Tensor, "n frames"] | None = None,
     chunk: int = 256,
 ) -> Float[Tensor, " n"]:
     """``kl`` of the logits hidden · weightᵀ + bias, of which there is a chunk of frames at a time.
@@ -140,7 +144,7 @@ def kl_of_linear(
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, must be positive")
-    rows = _Rows(frames, target, hidden.shape[:2], len(weight), temperature, rescale)
+    rows = _Rows(frames, target, hidden.shape[:2], len(weight), temperature, rescale, weights)
     return rows.per_utterance(_OfLinear.apply(rows.of(hidden), weight, bias, rows, chunk))
 
 
@@ -154,7 +158,9 @@ def entropy(frames: Int[Tensor, " n"], target: SoftLabels) -> Float[Tensor, " n"
 class _Rows:
     """The valid frames of all utterances, one after the other, and their soft labels."""
 
-    def __init__(self, frames, target, shape, vocabulary=None, temperature=1.0, rescale=False):
+    def __init__(
+        self, frames, target, shape, vocabulary=None, temperature=1.0, rescale=False, weights=None
+    ):
         valid = valid_frames(frames, target)
         self.t = min(shape[1], target.log_rest.shape[1])
         if len(valid) and int(valid.max()) > self.t:
@@ -168,12 +174,18 @@ class _Rows:
         if vocabulary and self.tokens.numel() and int(self.tokens.max()) >= vocabulary:
             raise ValueError(f"token {int(self.tokens.max())}, but the vocabulary has {vocabulary}")
         self.temperature, self.scale = temperature, temperature**2 if rescale else 1.0
+        if weights is not None and weights.shape[1] < self.t:
+            raise ValueError(f"weights of {weights.shape[1]} frames, soft labels of {self.t}")
+        self.weights = None if weights is None else self.of(weights.detach())
 
     def of(self, x: Tensor) -> Tensor:
         """(n, t, ...) → (r, ...)."""
         return x[:, : self.t][self.valid]
 
     def per_utterance(self, x: Float[Tensor, " r"]) -> Float[Tensor, " n"]:
+        if self.weights is not None:
+            weights = self.weights.to(x.dtype)
+            x = torch.where(weights == 0, 0.0, weights * x)  # of an infinite one too
         return x.new_zeros(len(self.valid)).index_add(0, self.valid.nonzero()[:, 0], x)
 
     def compare(self, logits, part: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,6 +91,47 @@ def test_that_of_a_linear_layer_is_the_plain_one(v, data, tau, rescale, chunk, s
     torch.testing.assert_close(*grads, **tight)
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_weights_multiply_each_frame_s_summand(k):
+    student, teacher = example()
+    target = soft_labels(teacher, TEACHER, k)
+    weights = torch.rand(4, 6, generator=torch.Generator().manual_seed(3)).double()
+    weights[0, 1] = 0
+    expected = torch.zeros(4, dtype=torch.float64)
+    for t in range(5):
+        alone = torch.zeros_like(weights)
+        alone[:, t] = 1
+        expected += weights[:, t] * kl(student, STUDENT, target, weights=alone)
+    loss = kl(student, STUDENT, target, weights=weights)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        kl(student, STUDENT, target, weights=torch.ones_like(weights)), kl(student, STUDENT, target)
+    )
+    inputs = linear()
+    mine = kl_of_linear(*inputs, STUDENT, target, weights=weights, chunk=3)
+    plain = dense(*inputs, STUDENT, target, weights=weights)
+    grads = [torch.autograd.grad((x * WEIGHTS).sum(), inputs) for x in (mine, plain)]
+    torch.testing.assert_close(*grads)
+    assert torch.autograd.gradcheck(lambda z: kl(z, STUDENT, target, weights=weights), (student,))
+
+
+def test_a_frame_of_weight_0_may_be_impossible():
+    student, teacher = example()
+    target = soft_labels(teacher, TEACHER, 5)
+    impossible = student.detach().clone()
+    impossible[0, 1, 2] = -torch.inf
+    impossible.requires_grad_()
+    weights = torch.ones(4, 6)
+    assert kl(impossible, STUDENT, target, weights=weights)[0] == torch.inf
+    weights[0, 1] = 0
+    loss = kl(impossible, STUDENT, target, weights=weights)
+    torch.testing.assert_close(loss, kl(student, STUDENT, target, weights=weights))
+    loss.sum().backward()
+    assert impossible.grad.isfinite().all() and (impossible.grad[0, 1] == 0).all()
+    with pytest.raises(ValueError, match="weights of 2 frames"):
+        kl(student, STUDENT, target, weights=weights[:, :2])
+
+
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_gradient_is_the_numerical_one(k):
     student, teacher = example()
