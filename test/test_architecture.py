@@ -11,12 +11,13 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from espnet_pl.methods.base import SHARED
 from espnet_pl.parts.decoding import collapse
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "espnet_pl"
 METHODS = sorted(
-    path.stem for path in (PACKAGE / "methods").glob("[!_]*.py") if path.stem != "base"
+    path.stem for path in (PACKAGE / "methods").glob("[!_]*.py") if path.stem not in SHARED
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 RECIPES = sorted(path for path in ROOT.glob("egs/*/pl1") if path.is_dir())

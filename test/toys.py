@@ -7,9 +7,10 @@ noise, and ``frame_log_probs`` is a linear layer over a window of samples.
 import torch
 from torch import nn
 
-from espnet_pl.losses.ctc import ctc, feasible
+from espnet_pl.losses.ctc import feasible, log_probability
 from espnet_pl.methods.base import Batch, Utterances
 from espnet_pl.parts.decoding import pad
+from espnet_pl.parts.search import flat, prefix_search, rank
 
 VOCABULARY = 5  # blank and four tokens
 
@@ -18,7 +19,7 @@ class ToyStudent(nn.Module):
     """Dropout (the strong view), batch normalisation (buffers), and a CTC layer."""
 
     blank = 0
-    answers = frozenset({"supervised", "frame_log_probs", "score"})
+    answers = frozenset({"supervised", "frame_log_probs", "score", "propose"})
 
     def __init__(self):
         super().__init__()
@@ -30,21 +31,35 @@ class ToyStudent(nn.Module):
 
     def supervised(self, x):
         labels = [t[: int(n)].tolist() for t, n in zip(x.text, x.text_lengths)]
-        loss = -self.score(x, labels).mean()
+        loss = -self.hear(x).score(labels).mean()
         return loss, {"loss_ctc": loss}
 
-    def frame_log_probs(self, x):
+    def hear(self, x):
         self.views.append(self.training)
         hidden = torch.tanh(self.hidden(x.speech))
         hidden = self.norm(hidden.transpose(1, 2)).transpose(1, 2)
-        return self.out(self.dropout(hidden)).log_softmax(dim=-1), x.speech_lengths
+        log_p = self.out(self.dropout(hidden)).log_softmax(dim=-1)
+        return ToyHeard(log_p, x.speech_lengths)
 
-    def score(self, x, labels):
-        log_p, frames = self.frame_log_probs(x)
+
+class ToyHeard:
+    def __init__(self, log_p, frames):
+        self.log_p, self.frames = log_p, frames
+
+    def frame_log_probs(self):
+        return self.log_p, self.frames
+
+    def score(self, labels, of=None):
         text, lengths = pad(labels)
-        score = -ctc(log_p, frames, text, lengths)
-        never = torch.full_like(score, -torch.inf)
-        return torch.where(feasible(frames, text, lengths), score, never)
+        rows = torch.arange(len(labels)) if of is None else torch.tensor(of, dtype=torch.long)
+        log_p = log_probability(self.log_p, self.frames, text, lengths, rows)
+        never = torch.full_like(log_p, -torch.inf)
+        return torch.where(feasible(self.frames[rows], text, lengths), log_p, never).float()
+
+    def propose(self, beam):
+        found = prefix_search(self.log_p, self.frames, beam)
+        text, lengths, of = flat(found)
+        return rank(found, log_probability(self.log_p, self.frames, text, lengths, of))
 
 
 def utterances(n=3, seed=0, text=True, prefix="utt"):

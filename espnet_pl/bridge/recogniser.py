@@ -3,6 +3,8 @@
 Student and teacher are both one, so a method cannot tell them apart.
 """
 
+import functools
+
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from torch import Tensor, nn
@@ -42,44 +44,56 @@ class Recogniser(nn.Module):
         parts = {k: v for k, v in parts.items() if v is not None and k != "loss"}
         return loss.squeeze(), {k: v.squeeze() for k, v in parts.items()}
 
-    def frame_log_probs(self, x: Utterances) -> tuple[Tensor, Tensor]:
+    def hear(self, x: Utterances) -> "Encoded":
+        """The speech, encoded once."""
+        return Encoded(self.net, x, self.training)
+
+
+class Encoded:
+    """What a stock model has made of utterances: ``methods.base.Heard``."""
+
+    def __init__(self, net: ESPnetASRModel, x: Utterances, training: bool) -> None:
+        encoded, frames = net.encode(x.speech, x.speech_lengths)
+        if isinstance(encoded, tuple):  # with the outputs of intermediate layers
+            encoded = encoded[0]
+        # In 202511 the frames of a short utterance can exceed the padded axis by one or two.
+        self.frames = frames.clamp(max=encoded.shape[1])
+        self.net, self.encoded, self.training = net, encoded, training
+
+    def frame_log_probs(self) -> tuple[Tensor, Tensor]:
         """Log-softmax of the CTC layer, (n, t, v), and the valid frames, (n,)."""
-        return self._frames(*self._encode(x))
+        return self._log_p, self.frames
 
-    def score(self, x: Utterances, labels: list[list[int]]) -> Tensor:
-        """w · log p_ctc + (1 − w) · log p_att with ESPnet's ``ctc_weight`` w, (n,) nats."""
-        encoded, frames = self._encode(x)
-        log_p, frames = self._frames(encoded, frames)
-        text, lengths = pad(labels, log_p.device)
-        log_p_y = self._with_attention(
-            -ctc(log_p, frames, text, lengths, self.blank), encoded, frames, text, lengths
-        )
-        never = torch.full_like(log_p_y, -torch.inf)
-        return torch.where(feasible(frames, text, lengths), log_p_y, never)
+    def score(self, labels: list[list[int]], of: list[int] | None = None) -> Tensor:
+        """w · log p_ctc + (1 − w) · log p_att with ESPnet's ``ctc_weight`` w, (k,) nats."""
+        text, lengths = pad(labels, self.encoded.device)
+        if of is None:
+            frames = self.frames
+            log_p = -ctc(self._log_p, frames, text, lengths, self.net.blank_id)
+            log_p = self._with_attention(log_p, self.encoded, frames, text, lengths)
+        else:
+            rows = torch.tensor(of, dtype=torch.long, device=self.encoded.device)
+            log_p, frames = self._of_hypotheses(text, lengths, rows), self.frames[rows]
+        never = torch.full_like(log_p, -torch.inf)
+        return torch.where(feasible(frames, text, lengths), log_p, never)
 
-    def propose(self, x: Utterances, beam: int) -> list[list[Proposal]]:
+    def propose(self, beam: int) -> list[list[Proposal]]:
         """The likeliest sequences of the CTC layer, with the scores of ``score`` in float64."""
-        encoded, frames = self._encode(x)
-        log_p, frames = self._frames(encoded, frames)
-        found = prefix_search(log_p, frames, beam, blank=self.blank)
-        text, lengths, of = flat(found, encoded.device)
-        log_p_y = log_probability(log_p, frames, text, lengths, of, self.blank)
-        return rank(found, self._with_attention(log_p_y, encoded[of], frames[of], text, lengths))
+        found = prefix_search(self._log_p, self.frames, beam, blank=self.net.blank_id)
+        return rank(found, self._of_hypotheses(*flat(found, self.encoded.device)))
+
+    @functools.cached_property
+    def _log_p(self) -> Tensor:
+        head = self.net.ctc
+        hidden = nn.functional.dropout(self.encoded, head.dropout_rate, self.training)
+        return head.ctc_lo(hidden).log_softmax(dim=-1)
+
+    def _of_hypotheses(self, text, lengths, rows) -> Tensor:
+        log_p = log_probability(self._log_p, self.frames, text, lengths, rows, self.net.blank_id)
+        return self._with_attention(log_p, self.encoded[rows], self.frames[rows], text, lengths)
 
     def _with_attention(self, log_p_ctc, encoded, frames, text, lengths) -> Tensor:
         weight = self.net.ctc_weight
         if weight == 1.0:
             return log_p_ctc
         return weight * log_p_ctc - (1 - weight) * self.net.nll(encoded, frames, text, lengths)
-
-    def _encode(self, x: Utterances) -> tuple[Tensor, Tensor]:
-        encoded, frames = self.net.encode(x.speech, x.speech_lengths)
-        if isinstance(encoded, tuple):  # with the outputs of intermediate layers
-            encoded = encoded[0]
-        # In 202511 the frames of a short utterance can exceed the padded axis by one or two.
-        return encoded, frames.clamp(max=encoded.shape[1])
-
-    def _frames(self, encoded: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        head = self.net.ctc
-        hidden = nn.functional.dropout(encoded, head.dropout_rate, self.training)
-        return head.ctc_lo(hidden).log_softmax(dim=-1), frames

@@ -6,6 +6,7 @@ and the loss is ``losses/transducer``.  Everything else of the stock model runs 
 names it has: what is trained decodes where espnet_pl is not installed.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerMo
 from espnet2.asr_transducer.joint_network import JointNetwork
 from torch import Tensor, nn
 
-from espnet_pl.bridge.recogniser import Recogniser
+from espnet_pl.bridge.recogniser import Encoded, Recogniser
 from espnet_pl.losses.joint import Joint
 from espnet_pl.losses.transducer import Hypotheses, hypotheses, log_probability, self_test
 from espnet_pl.methods.base import ConfigError, Utterances
@@ -38,30 +39,38 @@ class TransducerRecogniser(Recogniser):
         frames = ["frame_log_probs"] if net.use_auxiliary_ctc else []
         self.answers = frozenset(["supervised", "score", "propose", *frames])
 
-    def score(self, x: Utterances, labels: list[list[int]]) -> Tensor:
-        """log P(y|x) over all alignments, (n,) nats."""
-        encoded, frames = self._encode(x)
-        text, lengths = pad(labels, encoded.device)
-        own = torch.arange(len(labels), device=encoded.device)
-        return self.net.log_probability(encoded, frames, text, lengths, own)
+    def hear(self, x: Utterances) -> "EncodedForTransducer":
+        """The speech, encoded once."""
+        return EncodedForTransducer(self.net, x, self.training)
 
-    def propose(self, x: Utterances, beam: int) -> list[list[Proposal]]:
+
+class EncodedForTransducer(Encoded):
+    """What a transducer has made of utterances."""
+
+    def score(self, labels: list[list[int]], of: list[int] | None = None) -> Tensor:
+        """log P(y|x) over all alignments, (k,) nats."""
+        text, lengths = pad(labels, self.encoded.device)
+        rows = torch.arange(len(labels)) if of is None else torch.tensor(of, dtype=torch.long)
+        return self._of_hypotheses(text, lengths, rows.to(self.encoded.device))
+
+    def propose(self, beam: int) -> list[list[Proposal]]:
         """The best path, and the likeliest sequences of the CTC layer if there is one.
 
         Each has its full sum: no search through the transducer is as wide, or as fast.
         """
-        encoded, frames = self._encode(x)
-        found = [[Proposal(y, 0.0)] for y in self.net.best_path(encoded, frames)]
+        found = [[Proposal(y, 0.0)] for y in self.net.best_path(self.encoded, self.frames)]
         if self.net.use_auxiliary_ctc and beam > 1:
-            several = prefix_search(*self._frames(encoded, frames), beam, blank=self.blank)
-            for own, more in zip(found, several):
+            for own, more in zip(found, prefix_search(self._log_p, self.frames, beam)):
                 own += [p for p in more if p.labels != own[0].labels][: beam - 1]
-        text, lengths, of = flat(found, encoded.device)
-        return rank(found, self.net.log_probability(encoded, frames, text, lengths, of))
+        return rank(found, self._of_hypotheses(*flat(found, self.encoded.device)))
 
-    def _frames(self, encoded: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = nn.functional.dropout(encoded, self.net.ctc_dropout_rate, self.training)
-        return self.net.ctc_lin(hidden).log_softmax(dim=-1), frames
+    @functools.cached_property
+    def _log_p(self) -> Tensor:
+        hidden = nn.functional.dropout(self.encoded, self.net.ctc_dropout_rate, self.training)
+        return self.net.ctc_lin(hidden).log_softmax(dim=-1)
+
+    def _of_hypotheses(self, text, lengths, rows) -> Tensor:
+        return self.net.log_probability(self.encoded, self.frames, text, lengths, rows)
 
 
 def lend_loss(net: ESPnetASRTransducerModel) -> ESPnetASRTransducerModel:

@@ -18,10 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from espnet_pl.data.pairing import Pairing
-from espnet_pl.data.views import at_speed, draw
-from espnet_pl.parts.cache import PseudoLabelCache
-from espnet_pl.parts.pseudo_labels import agree, label_statistics, propose, pseudo_loss
 from espnet_pl.parts.search import Proposal
+
+SHARED = ("base", "pseudo_labelling")  # files beside the methods that are none
 
 
 class ConfigError(ValueError):
@@ -77,18 +76,29 @@ class Student(Protocol):
     """
 
     blank: int  # index of the blank among the tokens
-    answers: frozenset[str]  # which of the methods below this architecture has
+    answers: frozenset[str]  # "supervised", and which of those of ``Heard`` it has
 
     def supervised(self, x: Utterances) -> tuple[Tensor, dict[str, Tensor]]:
         """The stock training criterion on x.text: mean loss, and its parts to be logged."""
 
-    def frame_log_probs(self, x: Utterances) -> tuple[Float[Tensor, "n t v"], Int[Tensor, " n"]]:
+    def hear(self, x: Utterances) -> "Heard":
+        """What the other questions are asked about: the same view, encoded once."""
+
+
+class Heard(Protocol):
+    """Utterances as a student has heard them once."""
+
+    def frame_log_probs(self) -> tuple[Float[Tensor, "n t v"], Int[Tensor, " n"]]:
         """Log-probabilities of tokens and blank in each frame, and the valid frames."""
 
-    def score(self, x: Utterances, labels: list[list[int]]) -> Float[Tensor, " n"]:
-        """log p(label|x) under the training criterion, in nats; −inf if it cannot be aligned."""
+    def score(self, labels: list[list[int]], of: list[int] | None = None) -> Float[Tensor, " k"]:
+        """log p(label|x) under the training criterion, in nats; −inf if it cannot be aligned.
 
-    def propose(self, x: Utterances, beam: int) -> list[list[Proposal]]:
+        Args:
+            of: the utterance that each label is a hypothesis of; None: the k-th of the k-th.
+        """
+
+    def propose(self, beam: int) -> list[list[Proposal]]:
         """Different label sequences of each utterance with the scores of ``score``, best first."""
 
 
@@ -100,6 +110,7 @@ class Method(nn.Module):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()  # questions the student must answer
+    uses: ClassVar[frozenset[str]] = frozenset({"truth"})  # resources it has a use for
 
     def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
         super().__init__()
@@ -153,90 +164,6 @@ class Method(nn.Module):
         self.step += 1
 
 
-@dataclasses.dataclass(frozen=True)
-class PseudoLabellingConfig:
-    """Settings of every method that learns hard pseudo-labels; none of them is a paper's."""
-
-    weight: float = 1.0  # λ, of an unlabelled update
-    max_labels: int = 1000  # tokens; longer pseudo-labels are dropped
-    # Speeds of the weak views (data/views.py): each is labelled, their consensus is the label.
-    weak_speeds: tuple[float, ...] = (1.0,)
-    # Speeds of the strong view: the student hears a batch at one of them, drawn in each update.
-    strong_speeds: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        if self.max_labels < 1:
-            raise ValueError("max_labels must be at least 1")
-        for name in ("weak_speeds", "strong_speeds"):
-            speeds = getattr(self, name)
-            if not speeds or not all(0.5 <= speed <= 2.0 for speed in speeds):
-                raise ValueError(f"{name} is {list(speeds)}: give speeds between 0.5 and 2")
-        PseudoLabelling.pairing(self)
-
-
-class PseudoLabelling(Method):
-    """A method that learns hard pseudo-labels: who makes them, and when, is all that is left open.
-
-    Beside its own teacher there may be others (``resources``), which never change: where models
-    err differently, most of them are right.  Source: ensembles of teachers are in Kahn, Lee,
-    Hannun, "Self-Training for End-to-End Speech Recognition", arXiv:1909.09116, for the diversity
-    of their labels (abstract); taking their consensus is our choice.
-
-    Its ``Config`` is a ``PseudoLabellingConfig`` with the fields of ``Pairing`` that it sets.
-    """
-
-    requires = frozenset({"frame_log_probs", "score"})
-
-    def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
-        super().__init__(config, student, resources)
-        self.cache = PseudoLabelCache()
-        self.said = PseudoLabelCache()  # by the other teachers, per view
-
-    @classmethod
-    def pairing(cls, config: Any) -> Pairing:
-        """The fields of ``Pairing`` that the settings have by the same name."""
-        names = [f.name for f in dataclasses.fields(Pairing)]
-        return Pairing(**{n: getattr(config, n) for n in names if hasattr(config, n)})
-
-    def proposer(self, student: nn.Module) -> nn.Module:
-        """The network that labels."""
-        raise NotImplementedError(f"{type(self).__module__} does not say who labels")
-
-    def unlabelled(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
-        """The student's loss on cached labels, or on labels made on the spot."""
-        cached = self.pairing(self.config).capacity > 0
-        terms = {} if cached else self.label(student, x)
-        labels = [self.cache.get(i) for i in x.utt_id]
-        strong = at_speed(x, draw(self.config.strong_speeds))
-        loss = pseudo_loss(student, strong, labels, self.config.max_labels)
-        age = sum(int(self.step) - self.cache.made_at(i) for i in x.utt_id) / len(x)
-        terms |= diagnostics({**loss.dropped, "label_age": age}, len(x))
-        return {"pseudo": Term(loss.loss, self.config.weight, loss.kept), **terms}
-
-    def label(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
-        """Label x now: the consensus of all teachers in all weak views, kept by utterance id."""
-        views = [at_speed(x, speed) for speed in self.config.weak_speeds]
-        teacher = self.proposer(student)
-        made = agree([propose(teacher, view) for view in views], self._others(x, views))
-        values = label_statistics(x, made, self.cache, self.resources.get("truth", {}))
-        for utt_id, label in zip(x.utt_id, made.labels):
-            self.cache.put(utt_id, label, int(self.step))
-        return diagnostics(values, len(x))
-
-    def _others(self, x: Utterances, views: list[Utterances]) -> list[list[list[int]]]:
-        """The labels of the other teachers in each view; asked once, for they never change."""
-        said = []
-        for number, teacher in enumerate(self.resources.get("teachers", ())):
-            for speed, view in zip(self.config.weak_speeds, views):
-                keys = [f"{number} {speed} {utt_id}" for utt_id in x.utt_id]
-                if not all(key in self.said for key in keys):
-                    labels = propose(teacher.to(x.speech.device), view).labels
-                    for key, label in zip(keys, labels):
-                        self.said.put(key, label, int(self.step))
-                said.append([self.said.get(key) for key in keys])
-        return said
-
-
 def module_of(name: str) -> types.ModuleType:
     """The module of a method: a file in ``espnet_pl/methods``, or a dotted path.
 
@@ -259,7 +186,7 @@ def methods() -> list[str]:
     import espnet_pl.methods
 
     return sorted(
-        m.name for m in pkgutil.iter_modules(espnet_pl.methods.__path__) if m.name != "base"
+        m.name for m in pkgutil.iter_modules(espnet_pl.methods.__path__) if m.name not in SHARED
     )
 
 
@@ -313,7 +240,7 @@ def build(
             f"method {name} asks the student for {', '.join(lacking)}, which this architecture "
             "does not have; give it a CTC branch (model_conf: ctc_weight > 0) or use another method"
         )
-    if resources.get("teachers") and not issubclass(method_class, PseudoLabelling):
+    if resources.get("teachers") and "teachers" not in method_class.uses:
         raise ConfigError(f"method {name} makes no pseudo-labels: it has no use for other teachers")
     return method_class(config, student, resources)
 

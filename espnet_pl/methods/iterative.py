@@ -13,12 +13,12 @@ Cost: per unlabelled update one training pass and one forward pass of the teache
 
 from dataclasses import dataclass
 
-from espnet_pl.methods import base
+from espnet_pl.methods.pseudo_labelling import PseudoLabelling, PseudoLabellingConfig
 from espnet_pl.parts.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Config(base.PseudoLabellingConfig):
+class Config(PseudoLabellingConfig):
     """Fields that are not set keep these values; none of them is a paper's."""
 
     labelled: int = 1  # N_L
@@ -31,7 +31,7 @@ class Config(base.PseudoLabellingConfig):
         super().__post_init__()
 
 
-class Method(base.PseudoLabelling):
+class Method(PseudoLabelling):
     """The teacher is a snapshot that changes only between rounds."""
 
     def __init__(self, config, student, resources):

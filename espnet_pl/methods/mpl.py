@@ -14,12 +14,12 @@ Cost: per unlabelled update one training pass and one forward pass of the teache
 
 from dataclasses import dataclass
 
-from espnet_pl.methods import base
+from espnet_pl.methods.pseudo_labelling import PseudoLabelling, PseudoLabellingConfig
 from espnet_pl.parts.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Config(base.PseudoLabellingConfig):
+class Config(PseudoLabellingConfig):
     """Fields that are not set keep these values."""
 
     labelled: int = 1  # N_L
@@ -35,7 +35,7 @@ class Config(base.PseudoLabellingConfig):
         super().__post_init__()
 
 
-class Method(base.PseudoLabelling):
+class Method(PseudoLabelling):
     """Every unlabelled batch is labelled by the moving average, in the update that uses it."""
 
     def __init__(self, config, student, resources):

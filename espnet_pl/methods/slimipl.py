@@ -18,13 +18,13 @@ Cost: per unlabelled update one training pass, and p (with a cache) or 1 (withou
 from dataclasses import dataclass
 from typing import Literal
 
-from espnet_pl.methods import base
+from espnet_pl.methods.pseudo_labelling import PseudoLabelling, PseudoLabellingConfig
 from espnet_pl.parts.schedule import set_dropout
 from espnet_pl.parts.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Config(base.PseudoLabellingConfig):
+class Config(PseudoLabellingConfig):
     """Fields that are not set keep these values; names of the released flags beside them."""
 
     labelled: int = 1  # N_L                                   slimIPL_sup_updates
@@ -45,7 +45,7 @@ class Config(base.PseudoLabellingConfig):
         super().__post_init__()
 
 
-class Method(base.PseudoLabelling):
+class Method(PseudoLabelling):
     """Teacher, cache, and the diagnostics of pseudo-labels."""
 
     def __init__(self, config, student, resources):

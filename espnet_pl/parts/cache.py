@@ -9,12 +9,18 @@ re-entering utterance overwrites its label
 (flashlight/wav2letter recipes/slimIPL/src/Train.cpp).
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
+Record = dict[str, Tensor]  # of one utterance, on the CPU
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
 
 class PseudoLabelCache(nn.Module):
-    """A dictionary utterance id → (label sequence, step at which it was made).
+    """A dictionary utterance id → (label sequence, step at which it was made, what else is known).
 
     It is a module so that it travels in the checkpoint, as tensors only: ids as
     UTF-8 bytes, labels one behind the other.
@@ -24,6 +30,7 @@ class PseudoLabelCache(nn.Module):
         super().__init__()
         self._labels: dict[str, list[int]] = {}
         self._made_at: dict[str, int] = {}
+        self._records: dict[str, Record] = {}
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -31,10 +38,17 @@ class PseudoLabelCache(nn.Module):
     def __contains__(self, utt_id: str) -> bool:
         return utt_id in self._labels
 
-    def put(self, utt_id: str, label: list[int], step: int) -> None:
-        """Keep a label; an older one of the same utterance is replaced."""
+    def put(
+        self, utt_id: str, label: list[int], step: int, record: Mapping[str, Tensor] = NOTHING
+    ) -> None:
+        """Keep a label; an older one of the same utterance is replaced.
+
+        Args:
+            record: what else is known of the utterance; all records have the same names.
+        """
         self._labels[utt_id] = list(label)
         self._made_at[utt_id] = step
+        self._records[utt_id] = dict(record)
 
     def get(self, utt_id: str) -> list[int]:
         """The label of an utterance.
@@ -56,16 +70,24 @@ class PseudoLabelCache(nn.Module):
         """The step at which the label was made."""
         return self._made_at[utt_id]
 
+    def record(self, utt_id: str) -> Record:
+        """What else was known of the utterance when it was labelled."""
+        return self._records[utt_id]
+
     def get_extra_state(self) -> dict[str, Tensor]:
         """Everything, as tensors."""
         ids = [utt_id.encode() for utt_id in self._labels]
         labels = list(self._labels.values())
+        names = sorted({name for record in self._records.values() for name in record})
+        columns = {name: [record[name] for record in self._records.values()] for name in names}
         return {
             "id_bytes": torch.tensor(list(b"".join(ids)), dtype=torch.uint8),
             "id_lengths": torch.tensor([len(i) for i in ids], dtype=torch.long),
             "labels": torch.tensor([k for y in labels for k in y], dtype=torch.int32),
             "label_lengths": torch.tensor([len(y) for y in labels], dtype=torch.long),
             "made_at": torch.tensor(list(self._made_at.values()), dtype=torch.long),
+            **{f"record {name}": torch.cat([x.flatten() for x in columns[name]]) for name in names},
+            **{f"shape {name}": torch.tensor([x.shape for x in columns[name]]) for name in names},
         }
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
@@ -75,6 +97,12 @@ class PseudoLabelCache(nn.Module):
         labels = _split(state["labels"].tolist(), state["label_lengths"])
         self._labels = dict(zip(ids, labels))
         self._made_at = dict(zip(ids, state["made_at"].tolist()))
+        self._records = {i: {} for i in ids}
+        for name in (key.removeprefix("record ") for key in state if key.startswith("record ")):
+            shapes = state[f"shape {name}"]
+            rows = _split(state[f"record {name}"], shapes.prod(1))
+            for i, row, shape in zip(ids, rows, shapes.tolist()):
+                self._records[i][name] = row.view(shape).clone()
 
 
 def _split(sequence, lengths: Tensor) -> list:

@@ -25,11 +25,16 @@ def test_proposals_have_the_scores_of_the_training_criterion(changes):
     model = student(**changes)
     x = Utterances(["a", "b", "c"], SPEECH, torch.tensor([6000, 4000, 5000]))
     with torch.no_grad():
-        proposals = model.propose(x, 5)
+        proposals = model.hear(x).propose(5)
         for place in range(5):
-            scores = model.score(x, [own[place].labels for own in proposals])
+            scores = model.hear(x).score([own[place].labels for own in proposals])
             said = torch.tensor([own[place].log_p for own in proposals])
             torch.testing.assert_close(scores, said, rtol=1e-4, atol=1e-4)
+        several = [(p.labels, i) for i in (2, 0) for p in proposals[i][:3]]
+        scores = model.hear(x).score([y for y, _ in several], [i for _, i in several])
+        said = torch.tensor([p.log_p for i in (2, 0) for p in proposals[i][:3]])
+        torch.testing.assert_close(scores.float(), said, rtol=1e-4, atol=1e-4)
+        assert model.hear(x).score([[2] * 999], [1]).isneginf()
     for own in proposals:
         assert len({tuple(p.labels) for p in own}) == 5
         assert [p.log_p for p in own] == sorted((p.log_p for p in own), reverse=True)

@@ -122,7 +122,7 @@ def test_log_probabilities_are_those_of_the_training_process_and_everything_is_d
     student, dev = here(ASRTask, Recogniser, exp, wav_scp)
     for x in dev:
         with torch.no_grad():
-            log_p, frames = student.frame_log_probs(x)
+            log_p, frames = student.hear(x).frame_log_probs()
         assert theirs[x.utt_id[0]].shape == (1, int(frames), 6)
         assert np.array_equal(theirs[x.utt_id[0]], log_p.numpy())
     text = decode(stock, "asr_inference", exp, wav_scp, "--ctc_weight", "1.0")
@@ -140,6 +140,6 @@ def test_a_transducer_is_the_same_and_is_decoded(stock, arguments, corpus, tmp_p
         frames, lengths = torch.tensor([log_p.shape[0]]), torch.tensor([2])
         expected = full_sum(log_p[..., 0].t()[None], label, frames, lengths)
         with torch.no_grad():
-            torch.testing.assert_close(student.score(x, [[2, 3]]).double(), expected)
+            torch.testing.assert_close(student.hear(x).score([[2, 3]]).double(), expected)
     text = decode(stock, "asr_transducer_inference", exp, wav_scp)
     assert set(text) == {x.utt_id[0] for x in dev}

@@ -82,8 +82,8 @@ def test_the_score_is_the_loss_of_each_utterance():
     x = Utterances(["a", "b", "c"], SPEECH, torch.tensor(SAMPLES))
     labels = [row[:n].tolist() for row, n in zip(TEXT, LENGTHS)]
     loss, _ = student.supervised(Utterances(x.utt_id, SPEECH, x.speech_lengths, TEXT, LENGTHS))
-    torch.testing.assert_close(-student.score(x, labels).mean(), loss)
-    empty = student.score(x, [[], [], []])
+    torch.testing.assert_close(-student.hear(x).score(labels).mean(), loss)
+    empty = student.hear(x).score([[], [], []])
     assert empty.isfinite().all() and (empty < 0).all()
 
 
@@ -128,10 +128,10 @@ def test_proposals_have_their_full_sums(auxiliary):
     student = TransducerRecogniser(network(model_conf={"auxiliary_ctc_weight": auxiliary})).eval()
     x = Utterances(["a", "b", "c"], SPEECH, torch.tensor(SAMPLES))
     with torch.no_grad():
-        proposals = student.propose(x, 4)
+        proposals = student.hear(x).propose(4)
         assert [len(own) for own in proposals] == ([4, 4, 4] if auxiliary else [1, 1, 1])
         for place in range(len(proposals[0])):
-            scores = student.score(x, [own[place].labels for own in proposals])
+            scores = student.hear(x).score([own[place].labels for own in proposals])
             said = torch.tensor([own[place].log_p for own in proposals])
             torch.testing.assert_close(scores, said)
     for own in proposals:

@@ -22,13 +22,11 @@ class Listener(ToyStudent):
         super().__init__()
         self.heard = []  # (training mode, samples) of each encoding
 
-    def frame_log_probs(self, x):
+    def hear(self, x):
         self.heard.append((self.training, x.speech.shape[1]))
         frames = x.speech.unfold(1, VOCABULARY, VOCABULARY)
         lengths = (x.speech_lengths // VOCABULARY).clamp(max=frames.shape[1])
-        return super().frame_log_probs(
-            dataclasses.replace(x, speech=frames, speech_lengths=lengths)
-        )
+        return super().hear(dataclasses.replace(x, speech=frames, speech_lengths=lengths))
 
 
 def waveforms(n=3, samples=200):

@@ -41,7 +41,7 @@ class Method(base.Method):
         return Pairing(unlabelled=1)
 
     def unlabelled(self, student, x):
-        log_p, frames = student.frame_log_probs(x)
+        log_p, frames = student.hear(x).frame_log_probs()
         valid = torch.arange(log_p.shape[1]) < frames[:, None]
         entropy = -(log_p.exp() * log_p).sum(dim=-1)[valid].mean()
         return {"entropy": base.Term(entropy, self.config.weight, len(x))}

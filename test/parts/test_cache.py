@@ -26,6 +26,33 @@ def test_a_checkpoint_brings_everything_back(entries):
         assert restored.get(utt_id) == label and restored.made_at(utt_id) == step
 
 
+def test_records_come_back_with_their_shapes_and_types():
+    cache, restored = PseudoLabelCache(), PseudoLabelCache()
+    records = {
+        "a": {
+            "log_p": torch.randn(3, 2),
+            "said": torch.tensor([True]),
+            "k": torch.zeros(0, 4).int(),
+        },
+        "b": {
+            "log_p": torch.randn(0, 2),
+            "said": torch.tensor([False]),
+            "k": torch.ones(5, 4).int(),
+        },
+    }
+    for utt_id, record in records.items():
+        cache.put(utt_id, [1], 0, record)
+    restored.load_state_dict(cache.state_dict())
+    for utt_id, record in records.items():
+        assert restored.record(utt_id).keys() == record.keys()
+        for name, tensor in record.items():
+            found = restored.record(utt_id)[name]
+            assert torch.equal(found, tensor) and found.dtype == tensor.dtype
+    assert all(isinstance(t, torch.Tensor) for t in cache.state_dict()["_extra_state"].values())
+    cache.put("a", [2], 1)
+    assert cache.record("a") == {}
+
+
 def test_a_new_label_replaces_the_old_one():
     cache = PseudoLabelCache()
     cache.put("a", [1, 2], 3)

@@ -1,0 +1,312 @@
+r"""What is learnt from a teacher: its label, its frames, its hypotheses, or a sum of these.
+
+A teacher hears the weak view and leaves a record of each utterance; later the student hears the
+strong view and is compared with the record.  With p_t the teacher's distribution in frame t and q_t
+the student's, ŷ the label, y_k hypotheses with the teacher's opinion w_k of them, and γ_t their
+occupancies in the teacher's lattice,
+
+    L = hard · −log q(ŷ|x)  +  soft · Σ_t c_t KL(p_t ‖ q_t)  +  lattice · Σ_t c_t KL(γ_t ‖ q_t)
+      + sequences · −Σ_k w_k log q(y_k|x)  +  ranking · KL(w ‖ v)
+      + frame_entropy · Σ_t H(q_t)  −  token_entropy · T H(mean_t q_t)
+
+    p_t ∝ (teacher's probability)^{1/temperature};  temperature 0: its likeliest token
+    w_k ∝ P(y_k|x)^scale over the hypotheses,  v_k the same of the student
+    c_t = blank_weight where the teacher's likeliest token is the blank, else 1
+
+each of them a mean over utterances, in nats per utterance.  An utterance may count for less, or
+not at all, by the teacher's confidence exp((1/T) Σ_t log max_v p_t(v)).
+
+Source: hard labels arXiv:2010.11524; sampled ones arXiv:2210.08711 (abstract); soft labels of
+frames arXiv:2211.06007 (abstract) and, as a mean over frames times 20, the code of flashlight's
+slimIPL recipe.  What regularises them is not listed there: blend (hard and soft together),
+sharpening, several sequences, entropies, blanks and confidence are what was conceivable.
+Hypotheses weighted by their posterior, occupancies as targets of frames, and the ranking are ours:
+soft labels that are consistent as sequences.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from espnet_pl.losses.ctc import occupancies
+from espnet_pl.losses.distillation import cross_entropy, posterior, ranking
+from espnet_pl.losses.entropy import frame_entropy, token_entropy
+from espnet_pl.losses.soft_labels import SoftLabels, kl, soft_labels
+from espnet_pl.parts.cache import Record
+from espnet_pl.parts.decoding import collapse, greedy, pad
+
+TINY = 1e-30  # an occupancy that is none
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Settings; the weights are of the summands above."""
+
+    hard: float = 1.0
+    soft: float = 0.0
+    lattice: float = 0.0
+    sequences: float = 0.0
+    ranking: float = 0.0
+    frame_entropy: float = 0.0
+    token_entropy: float = 0.0
+    label: Literal["greedy", "sampled"] = "greedy"  # ŷ: the best path, or one drawn at random
+    sampling: float = 1.0  # temperature of paths that are drawn
+    temperature: float = 1.0  # of soft labels; below 1 sharpens
+    keep: int = 16  # tokens of a frame that are kept; of the others their sum
+    beam: int = 8  # hypotheses
+    hypotheses: Literal["search", "sampled"] = "search"
+    opinion: Literal["posterior", "shuffled"] = "posterior"  # w; shuffled among the hypotheses
+    scale: float = 1.0  # κ; 0 weighs all hypotheses alike
+    blank_weight: float = 1.0  # 0 leaves frames out in which the teacher says nothing
+    confidence: Literal["none", "weight", "shuffled"] = "none"  # shuffled among the utterances
+    least_confidence: float = 0.0  # utterances below it are dropped
+
+    def __post_init__(self) -> None:
+        for name in ("hard", "soft", "lattice", "sequences", "ranking", "temperature", "scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
+        if not any(getattr(self, name) for name in SUMMANDS):
+            raise ValueError(f"one of {', '.join(SUMMANDS)} must be positive: nothing is learnt")
+        for name, least in (("keep", 1), ("beam", 1 if not self.ranking else 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least {least}")
+        if not self.sampling > 0:
+            raise ValueError(f"sampling is {self.sampling}, it must be positive")
+        for name in ("blank_weight", "least_confidence"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must lie in [0, 1]")
+
+    @property
+    def by_frames(self) -> bool:
+        """Whether the student's frames must be those of the teacher."""
+        return self.soft > 0 or self.lattice > 0
+
+    @property
+    def by_hypotheses(self) -> bool:
+        """Whether several sequences are needed."""
+        return self.lattice > 0 or self.sequences > 0 or self.ranking > 0
+
+
+SUMMANDS = ("hard", "soft", "lattice", "sequences", "ranking")
+
+
+class Summand(NamedTuple):
+    """A mean over ``count`` utterances, and how much of it is in the objective."""
+
+    value: Float[Tensor, ""]
+    weight: float
+    count: int
+
+
+def label(
+    how: Objectives, log_p: Float[Tensor, "n t v"], frames: Int[Tensor, " n"], blank: int
+) -> list[list[int]]:
+    """ŷ of each utterance."""
+    if how.label == "greedy":
+        return greedy(log_p, frames, blank)
+    return _draw(log_p, frames, how.sampling, blank)
+
+
+@torch.no_grad()
+def record(how: Objectives, heard: Any, blank: int) -> list[Record]:
+    """What must be known of a teacher's opinion to learn from it later, beside the label.
+
+    Args:
+        heard: the utterances, as the teacher hears them (``methods.base.Heard``).
+    """
+    log_p, frames = heard.frame_log_probs()
+    n = len(frames)
+    records: list[Record] = [{} for _ in range(n)]
+    if how.soft:
+        sharp = how.temperature == 0
+        keep = 1 if sharp else min(how.keep, log_p.shape[2])
+        target = soft_labels(log_p, frames, keep, how.temperature or 1.0)
+        if sharp:
+            nothing = torch.full_like(target.log_rest, -torch.inf)
+            target = SoftLabels(torch.zeros_like(target.log_p), target.tokens, nothing, frames)
+        _put(records, "soft", target)
+    if how.by_hypotheses:
+        labels, log_w, of = _hypotheses(how, heard, log_p, frames, blank)
+        text, lengths = pad(labels, log_p.device)
+        for i, own in enumerate(records):
+            mine = (of == i).nonzero()[:, 0]
+            own["labels"], own["lengths"] = text[mine].cpu(), lengths[mine].cpu()
+            own["log_w"] = log_w[mine].cpu()
+        if how.lattice:
+            gamma = occupancies(log_p, frames, text, lengths, of, log_w.exp(), blank)
+            # Where nobody is said to say anything there is no target; `objective` leaves it out.
+            target = soft_labels(gamma.clamp(min=TINY).log(), frames, min(how.keep, gamma.shape[2]))
+            _put(records, "lattice", target)
+    if how.by_frames and how.blank_weight < 1:
+        for own, path, t in zip(records, log_p.argmax(2).cpu(), frames.tolist()):
+            own["blank"] = path[:t] == blank
+    if how.confidence != "none" or how.least_confidence:
+        for own, best, t in zip(records, log_p.amax(2).cpu(), frames.tolist()):
+            own["confidence"] = best[:t].mean().exp().reshape(1) if t else torch.zeros(1)
+    return records
+
+
+def objective(
+    how: Objectives,
+    heard: Any,
+    labels: list[list[int]],
+    records: Sequence[Mapping[str, Tensor]],
+    max_labels: int,
+) -> tuple[dict[str, Summand], dict[str, float]]:
+    """The student's loss on labels and records, by name, and shares of what was dropped.
+
+    Args:
+        heard: the utterances, as the student hears them.
+        max_labels: longer label sequences are dropped.
+
+    Raises:
+        ValueError: as many labels and records as utterances are needed.
+    """
+    log_p, frames = heard.frame_log_probs()
+    if not len(labels) == len(records) == len(frames):
+        raise ValueError(
+            f"{len(labels)} labels and {len(records)} records for {len(frames)} utterances"
+        )
+    each = _weights(how, records, log_p)
+    out: dict[str, Summand] = {}
+    dropped = {}
+    if how.least_confidence:
+        dropped["labels_doubtful"] = float((each == 0).float().mean())
+    if how.hard:
+        out["pseudo"], dropped_labels = _hard(how.hard, heard, labels, each, max_labels)
+        dropped |= dropped_labels
+    for name in ("soft", "lattice"):
+        if weight := getattr(how, name):
+            target, of_frames = _get(records, name, how.blank_weight, log_p.device)
+            loss = kl(log_p, frames, target, weights=of_frames)
+            there = frames > 0
+            if name == "lattice":
+                there &= torch.tensor([len(own["lengths"]) > 0 for own in records]).to(there)
+            out[f"pseudo_{name}"] = _mean(loss, weight, each, there)
+    if how.sequences or how.ranking:
+        flat, log_w, of = _usable(records, max_labels)
+        score = heard.score(flat, of.tolist())
+        log_w, of = log_w.to(score), of.to(score.device)
+        possible = ~score.isneginf()  # by the student's frames; the others share their weight
+        n = len(records)
+        log_w = posterior(log_w.where(possible, -torch.inf), of, n)
+        there = torch.zeros_like(each, dtype=torch.bool).index_fill(0, of[possible], True)
+        safe = torch.where(possible, score, 0.0)
+        if how.sequences:
+            loss = cross_entropy(log_w, safe, of, n)
+            out["pseudo_sequences"] = _mean(loss, how.sequences, each, there)
+        if how.ranking:
+            loss = ranking(log_w, score, of, n, how.scale)
+            out["pseudo_ranking"] = _mean(loss, how.ranking, each, there)
+    if how.frame_entropy:
+        loss = frame_entropy(log_p, frames)
+        out["pseudo_frame_entropy"] = _mean(loss, how.frame_entropy, torch.ones_like(each))
+    if how.token_entropy:
+        per_utterance = frames.float().mean() * token_entropy(log_p, frames)
+        out["pseudo_token_entropy"] = Summand(per_utterance, -how.token_entropy, len(frames))
+    return out, dropped
+
+
+def _hard(weight, heard, labels, each, max_labels):
+    """−log q(ŷ|x) of the labels that can be learnt."""
+    too_long = [len(y) > max_labels for y in labels]
+    # A dropped utterance is scored with an empty label, which costs no memory, and then
+    # masked: the loss stays on the graph even if nothing is kept.
+    usable = [[] if long else y for y, long in zip(labels, too_long)]
+    score = heard.score(usable)
+    said = torch.tensor([bool(y) for y in usable], device=score.device)
+    keep = said & ~score.isneginf()  # a NaN is not hidden: the trainer skips such a step
+    dropped = {
+        "empty": sum(not y for y in labels),
+        "too_long": sum(too_long),
+        "infeasible": int(said.sum()) - int(keep.sum()),
+    }
+    shares = {f"labels_{why}": count / len(labels) for why, count in dropped.items()}
+    return _mean(-torch.where(keep, score, 0.0), weight, each, keep), shares
+
+
+def _mean(loss, weight, each, keep=None) -> Summand:
+    """Over the utterances that are kept, by their weights; 0 and on the graph if there are none."""
+    each = each.to(loss) if keep is None else torch.where(keep, each.to(loss), 0.0)
+    total = torch.where(each == 0, 0.0, each * loss).sum() / each.sum().clamp(min=1e-6)
+    return Summand(total, weight, int((each > 0).sum()))
+
+
+def _weights(how, records, log_p) -> Tensor:
+    """Of the utterances, (n,)."""
+    if how.confidence == "none" and not how.least_confidence:
+        return log_p.new_ones(len(records))
+    confidence = torch.cat([own["confidence"] for own in records]).to(log_p)
+    each = confidence if how.confidence != "none" else torch.ones_like(confidence)
+    each = each.where(confidence >= how.least_confidence, 0.0)
+    return each[torch.randperm(len(each))] if how.confidence == "shuffled" else each
+
+
+def _hypotheses(how, heard, log_p, frames, blank):
+    """Label sequences, log w of each, and whose they are; nothing empty among them."""
+    if how.hypotheses == "sampled":
+        rows, log_p_y = [], []
+        drawn = [_draw(log_p, frames, how.sampling, blank) for _ in range(how.beam)]
+        for i, own in enumerate(zip(*drawn)):
+            for y in sorted(set(map(tuple, own)) - {()}):
+                rows.append((list(y), i))
+                log_p_y.append(float(torch.tensor(own.count(list(y))).log()))
+        scale = 1.0  # how often it was drawn is its weight
+    else:
+        proposals = heard.propose(how.beam)
+        several = [(p, i) for i, own in enumerate(proposals) for p in own if p.labels]
+        rows, log_p_y = [(p.labels, i) for p, i in several], [p.log_p for p, _ in several]
+        scale = how.scale
+    of = torch.tensor([i for _, i in rows], dtype=torch.long, device=log_p.device)
+    log_w = posterior(torch.tensor(log_p_y, device=log_p.device), of, len(frames), scale)
+    if how.opinion == "shuffled":
+        order = torch.randperm(len(of), device=of.device)
+        order = order[of[order].argsort(stable=True)]  # within each utterance
+        log_w = log_w[order]
+    return [y for y, _ in rows], log_w, of
+
+
+def _draw(log_p, frames, temperature, blank) -> list[list[int]]:
+    """A label sequence of each utterance, by a token drawn in each frame."""
+    p = (log_p / temperature).softmax(2)
+    path = torch.multinomial(p.flatten(0, 1), 1).view(p.shape[:2]) if p.numel() else p[..., 0]
+    return [collapse(row[:t].long(), blank) for row, t in zip(path.cpu(), frames.tolist())]
+
+
+def _usable(records, max_labels):
+    """The recorded hypotheses of all utterances that are not too long."""
+    flat, log_w, of = [], [torch.zeros(0)], []
+    for i, own in enumerate(records):
+        short = own["lengths"] <= max_labels
+        for row, length in zip(own["labels"][short], own["lengths"][short].tolist()):
+            flat.append(row[:length].tolist())
+            of.append(i)
+        log_w.append(own["log_w"][short])
+    return flat, torch.cat(log_w), torch.tensor(of, dtype=torch.long)
+
+
+def _put(records: list[Record], name: str, target: SoftLabels) -> None:
+    parts = target.log_p, target.tokens.to(torch.int32), target.log_rest
+    for own, t, *mine in zip(records, target.frames.tolist(), *(x.cpu() for x in parts)):
+        for part, x in zip(("log_p", "tokens", "log_rest"), mine):
+            own[f"{name}_{part}"] = x[:t].clone()
+
+
+def _get(records, name, blank_weight, device) -> tuple[SoftLabels, Tensor | None]:
+    """The soft labels of all utterances, padded, and the weights of their frames."""
+
+    def several(part, value=0.0):
+        rows = [own[part] for own in records]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    frames = torch.tensor([len(own[f"{name}_log_rest"]) for own in records])
+    parts = [several(f"{name}_{part}") for part in ("log_p", "tokens", "log_rest")]
+    parts[1] = parts[1].long()
+    weights = None
+    if blank_weight < 1:
+        weights = torch.where(several("blank", False), blank_weight, 1.0).to(device)
+    return SoftLabels(*(x.to(device) for x in parts), frames.to(device)), weights
