@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from espnet_pl.recipe import config, launch, progress, report, stages
+from espnet_pl.recipe import config, launch, progress, report, stages, study
 from espnet_pl.recipe.config import RecipeError
 
 NUMBERS = [str(number) for number, _ in enumerate(stages.STAGES, 1)]
@@ -46,9 +46,15 @@ def _main(argv: Sequence[str]) -> int:
         found = sorted(map(str, Path("conf").glob("asr*.yaml")))
         raise RecipeError(f"--asr_config: {config.did_you_mean(str(args.asr_config), found)}")
     runs = config.load_runs(recipe, args.asr_config)
-    chosen = _chosen(args.method, recipe, runs)
     numbers = _numbers(args)
-    seeds = _seeds(args.seed) if args.seed else recipe.seeds
+    if args.study:
+        of_study = study.load(args.study, recipe, runs, args.asr_config, args.expdir)
+        pairs = study.chosen(of_study, args.method, _seeds(args.seed) if args.seed else None)
+        runs, numbers = of_study.runs, [number for number in numbers if number <= 4]
+        chosen, seeds = ([*dict.fromkeys(values)] for values in zip(*pairs))
+    else:
+        chosen = _chosen(args.method, recipe, runs)
+        seeds = _seeds(args.seed) if args.seed else recipe.seeds
     launch.backend(args.cmd)  # refused now, not after the first stage
     print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['./run.sh', *argv])}", flush=True)
     needed = config.with_inits(chosen, runs)
@@ -56,9 +62,7 @@ def _main(argv: Sequence[str]) -> int:
     others = sorted({path.parent.name for path in seen} & {*runs} - {*needed})
     unlabelled = {}
     if {4, 6} & {*numbers}:
-        unlabelled = config.check_runs(
-            needed, others, args.asr_config, args.expdir, write=not args.dry_run
-        )
+        unlabelled = config.check_runs(needed, others, runs, args.expdir, write=not args.dry_run)
     known = {name: run for name, run in runs.items() if name not in others or name in unlabelled}
     plan = stages.Plan(
         recipe, known, tuple(chosen), tuple(seeds), unlabelled,
@@ -67,7 +71,10 @@ def _main(argv: Sequence[str]) -> int:
     for number in numbers:
         stage = stages.STAGES[number - 1]
         print(f"Stage {number}: {stage.__name__}", flush=True)
-        jobs = list(stage(plan))
+        if args.study and stage is stages.train:
+            jobs = list(study.jobs(plan, of_study, pairs))
+        else:
+            jobs = list(stage(plan))
         if not jobs:
             print("nothing to do")
         inits = {name for name in needed if name not in chosen}
@@ -94,6 +101,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--stop_stage", default=str(len(NAMES)), help=f"last stage ({len(NAMES)})")
     add("--skip_stages", default="", help="stages left out, for instance '1 3' or measure")
     add("--method", help="runs, separated by commas, or all (recipe.yaml: default)")
+    add("--study", help="cells of conf/studies/STUDY.yaml; --method picks some: 'soft*,hard-1'")
     add("--seed", help="seeds, separated by commas (recipe.yaml: seeds)")
     add("--ngpu", type=int, default=0, help="GPUs of a training; 0 is the CPU (0)")
     add("--nj", type=int, default=min(cores, 4), help=f"jobs at a time ({min(cores, 4)})")

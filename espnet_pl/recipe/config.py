@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ class Run:
     """One trained system: ``conf/<name>.yaml`` over ``conf/asr.yaml``; see ``files``."""
 
     name: str
-    conf: Path  # the file that makes it a run
+    files: tuple[Path, ...]  # its configuration, a later file over an earlier one
     method: str
     options: RunOptions
     normalize: str | None  # of the merged configuration: decides whether statistics are needed
@@ -139,7 +139,7 @@ def load_recipe(path: Path = Path("recipe.yaml")) -> Recipe:
     """Reads and checks ``recipe.yaml``."""
     if not path.exists():
         raise RecipeError(f"no {path} here: run this from a recipe such as egs/<corpus>/pl1")
-    return _typed(Recipe, _mapping(path), str(path))
+    return _typed(Recipe, mapping(path), str(path))
 
 
 def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
@@ -147,38 +147,52 @@ def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
 
     What a run leaves open is as in the recipe.
     """
-    runs = {}
-    shared = {asr: _mapping(asr)} if asr.exists() else {}
-    usual = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
     found = [path for top in ("", asr.stem) for path in Path("conf", top).glob("*.yaml")]
+    runs = {}
     for name in sorted({path.stem for path in found}):
-        merged: dict = {}
-        options: dict = {}
-        paths = files(name, asr)[1:]
-        for path, conf in (shared | {path: _mapping(path) for path in paths}).items():
-            own = conf.get("recipe") or {}
-            if not isinstance(own, dict):
-                raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
-            merged |= conf
-            options |= own
-        if "method" in merged:
-            where = " + ".join(map(str, files(name, asr)))
-            typed = _typed(RunOptions, {**usual, **options}, f"{where}, recipe:")
-            runs[name] = Run(
-                name, paths[0], str(merged["method"]), typed, merged.get("normalize"),
-                merged.get("task") or "asr",
-            )  # fmt: skip
+        if run := load_run(name, files(name, asr), recipe):
+            runs[name] = run
+    check_references(runs)
+    return runs
+
+
+def load_run(name: str, paths: Sequence[Path], recipe: Recipe) -> Run | None:
+    """The run that these files make, the model's first; None if none of the others has a method."""
+    confs = [mapping(path) if path.exists() else {} for path in paths]
+    if not any("method" in conf for conf in confs[1:]):
+        return None
+    merged: dict = {}
+    options = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
+    for path, conf in zip(paths, confs):
+        own = conf.get("recipe") or {}
+        if not isinstance(own, dict):
+            raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
+        merged |= conf
+        options |= own
+    where = " + ".join(map(str, paths))
+    return Run(
+        name, tuple(paths), str(merged["method"]), _typed(RunOptions, options, f"{where}, recipe:"),
+        merged.get("normalize"), merged.get("task") or "asr",
+    )  # fmt: skip
+
+
+def check_references(runs: Mapping[str, Run]) -> None:
+    """Every run that another one names must exist and fit.
+
+    Raises:
+        RecipeError: it does not.
+    """
     for run in runs.values():
+        where = f"{run.files[1]}, recipe:"
         if run.options.init is not None and run.options.init not in runs:
-            raise RecipeError(f"{run.conf}, recipe: init: {did_you_mean(run.options.init, runs)}")
+            raise RecipeError(f"{where} init: {did_you_mean(run.options.init, runs)}")
         for name in run.options.teachers:
             if name not in runs:
-                raise RecipeError(f"{run.conf}, recipe: teachers: {did_you_mean(name, runs)}")
+                raise RecipeError(f"{where} teachers: {did_you_mean(name, runs)}")
             if runs[name].options.token_type != run.options.token_type:
-                raise RecipeError(f"{run.conf}, recipe: teachers: {name} has another token type")
+                raise RecipeError(f"{where} teachers: {name} has another token type")
         if run.options.export not in (None, "student", "teacher"):
-            raise RecipeError(f"{run.conf}, recipe: export: must be student or teacher")
-    return runs
+            raise RecipeError(f"{where} export: must be student or teacher")
 
 
 def files(run: str, asr: Path) -> list[Path]:
@@ -220,7 +234,11 @@ def run_dir(run: str, seed: int, expdir: Path) -> Path:
 
 
 def check_runs(
-    names: Iterable[str], others: Iterable[str], asr: Path, expdir: Path, write: bool = True
+    names: Iterable[str],
+    others: Iterable[str],
+    runs: Mapping[str, Run],
+    expdir: Path,
+    write: bool = True,
 ) -> dict[str, bool]:
     """Lets the bridge check the runs' configurations; tells which of them need unlabelled speech.
 
@@ -231,12 +249,12 @@ def check_runs(
     known = markers.read(memory) or {}
     keys = {}
     for name in [*names, *others]:
-        content = [markers.content(path) for path in files(name, asr)]
+        content = [markers.content(path) for path in runs[name].files]
         keys[name] = hashlib.sha256(json.dumps([content, __version__]).encode()).hexdigest()
     new = [name for name, key in keys.items() if not isinstance(known.get(key), bool)]
     if new:
         try:
-            verdicts = check.ask([[str(path) for path in files(name, asr)] for name in new])
+            verdicts = check.ask([[str(path) for path in runs[name].files] for name in new])
         except RuntimeError as error:
             raise RecipeError(f"the configurations cannot be checked:\n{error}") from error
         for name, verdict in zip(new, verdicts, strict=True):
@@ -248,7 +266,8 @@ def check_runs(
     return {name: known[key] for name, key in keys.items() if isinstance(known[key], bool)}
 
 
-def _mapping(path: Path) -> dict:
+def mapping(path: Path) -> dict:
+    """The 'name: value' lines of a YAML file; none if it is empty."""
     try:
         content = markers.load_yaml(path)
     except yaml.YAMLError as error:

@@ -108,10 +108,9 @@ def train(plan: Plan) -> Iterator[Job]:
         for name in config.with_inits(plan.chosen, plan.runs):
             run, options, folder = plan.runs[name], plan.runs[name].options, plan.dir(name, seed)
             argv, inputs = _training(plan, options.labelled, options.token_type)
-            confs = config.files(name, plan.asr)
-            argv += [word for path in confs for word in ("--config", str(path))]
+            argv += [word for path in run.files for word in ("--config", str(path))]
             argv += ["--seed", str(seed), "--ngpu", str(plan.ngpu), "--output_dir", str(folder)]
-            inputs += confs
+            inputs += run.files
             if run.normalize == "global_mvn":
                 argv += ["--normalize_conf", f"stats_file={_stats(plan)}"]
                 inputs.append(_stats(plan))

@@ -225,6 +225,7 @@ def test_another_model_has_experiments_and_a_table_of_its_own():
     assert confs + "--seed" in shells["train slimipl seed 1"]
     Path("conf/asr_transducer").mkdir()
     Path("conf/asr_transducer/slimipl.yaml").write_text("max_epoch: 3\n")
+    transducers = plan(asr=Path("conf/asr_transducer.yaml"), expdir=Path("exp_asr_transducer"))
     shells = {job.name: job.shell() for job in stages.train(transducers)}
     own = "--config conf/asr_transducer/slimipl.yaml"
     assert confs + own in shells["train slimipl seed 1"]

@@ -1,0 +1,78 @@
+"""What is kept of a finished cell of a study: small enough for the repository.
+
+Usage: ``python3 -m espnet_pl.recipe.record FOLDER CONF --sets dev --seed 1 --output FILE``
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from espnet_pl.recipe import config, markers, measure, scoring
+
+
+def record(folder: Path, conf: Path, sets: Sequence[str], seed: int) -> dict[str, Any]:
+    """What is kept of a finished cell."""
+    marker = markers.read(folder / "train.job.json") or {}
+    log = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
+    errors = {}
+    for test in sets:
+        reference = scoring.read_text(Path(f"data/{test}/text"))
+        found = scoring.read_text(folder / "infer" / test / "text")
+        texts = [found.get(key, "") for key in reference]
+        counts = scoring.align(list(reference.values()), texts, "word")
+        errors[test] = dict(zip(reference, counts.tolist()))
+    return {
+        "corpus": Path.cwd().parent.name,
+        "cell": conf.stem,
+        "seed": seed,
+        "settings": config.mapping(conf),
+        "errors": errors,  # of each utterance: correct, substituted, deleted, inserted words
+        "curves": curves(log),
+        "updates": measure.updates(folder),
+        **{key: marker.get(key) for key in ("wall_s", "cpu_s", "finished", "environment", "shell")},
+    }
+
+
+def curves(log: str) -> dict[str, dict[str, list]]:
+    """What ESPnet logged: of training every so many updates, of dev every epoch.
+
+    Returns:
+        For ``train`` and ``valid`` the values of each name as pairs (update, value).
+    """
+    out: dict[str, dict[str, list]] = {"train": {}, "valid": {}}
+    before = 0  # updates of earlier epochs
+    for line in log.splitlines():
+        if found := re.search(r"(\d+)epoch:train:(\d+)-(\d+)batch: (.*)", line):
+            update, text = before + int(found[3]), found[4]
+            _add(out["train"], update, text)
+        elif found := re.search(
+            r"epoch results: \[train\] (.*?)total_count=(\d+), \[valid\] (.*)", line
+        ):
+            before = int(found[2])
+            _add(out["valid"], before, found[3])
+    return out
+
+
+def _add(curves: dict[str, list], update: int, text: str) -> None:
+    for name, value in re.findall(r"(\w+)=(-?[\d.]+(?:e[+-]?\d+)?|nan)", text):
+        if not re.search(r"time|optim|loss_scale|total_count|clip", name):
+            # JSON has no NaN.
+            curves.setdefault(name, []).append([update, None if value == "nan" else float(value)])
+
+
+def main() -> None:
+    """Writes the record of one finished cell."""
+    parser = argparse.ArgumentParser(description="Keep the record of a finished cell.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("conf", type=Path)
+    parser.add_argument("--sets", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    markers.write(args.output, record(args.folder, args.conf, args.sets.split(","), args.seed))
+
+
+if __name__ == "__main__":
+    main()

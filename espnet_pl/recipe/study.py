@@ -1,0 +1,175 @@
+"""A study: many cells, each a run like any other, decided on dev; its results are kept as data.
+
+``conf/studies/<study>.yaml`` of a recipe says what the cells are::
+
+    question: in one sentence
+    common: {method: slimipl, recipe: {init: supervised}}     over conf/asr.yaml, in every cell
+    grid:                                                     one cell for each combination
+        target: {hard: {}, soft: {method_conf: {hard: 0.0, soft: 1.0}}}
+        ratio: {1: {method_conf: {unlabelled: 1}}, 10: {method_conf: {unlabelled: 10}}}
+    cells:                                                    and these
+        soft-10-ema: {like: soft-10, method_conf: {teacher: ema}, seeds: [1, 2, 3]}
+    seeds: [1]                                                of cells that do not say which
+
+A cell is the run ``<study>.<cell>``.  When it has been recognised, a record of each seed is written
+to ``docs/studies/data/<study>/<corpus>.<cell>.<seed>.json``: errors of every utterance (for paired
+intervals), what was logged every so many updates, settings, time, commit.
+
+Usage: ``./run.sh --study <study> [--method 'soft*,hard*'] [--seed 1]``
+"""
+
+import fnmatch
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from espnet_pl.recipe import config, stages
+from espnet_pl.recipe.config import RecipeError
+from espnet_pl.recipe.job import Job
+
+DATA = Path("../../../docs/studies/data")
+KEYS = ("question", "common", "grid", "cells", "seeds", "sets")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which cells there are, and which seeds of each."""
+
+    name: str
+    runs: dict[str, config.Run]  # the recipe's, and the cells by their full names
+    seeds: dict[str, tuple[int, ...]]  # of each cell, by its full name
+    sets: tuple[str, ...]  # what is recognised
+
+
+def load(
+    name: str, recipe: config.Recipe, runs: Mapping[str, config.Run], asr: Path, expdir: Path
+) -> Study:
+    """Reads a study, and writes the configuration of each cell beside the experiments.
+
+    Raises:
+        RecipeError: there is none of that name, or a cell cannot be.
+    """
+    path = Path(f"conf/studies/{name}.yaml")
+    if not path.exists():
+        known = [found.stem for found in Path("conf/studies").glob("*.yaml")]
+        raise RecipeError(f"--study: {config.did_you_mean(name, known)}")
+    content = config.mapping(path)
+    for key in content:
+        if key not in KEYS:
+            raise RecipeError(f"{path}: {config.did_you_mean(key, KEYS)}")
+    every, seeds = dict(runs), {}
+    for cell, settings in cells(content, str(path)).items():
+        own = settings.pop("seeds", content.get("seeds", [1]))
+        if not isinstance(own, list) or not all(type(seed) is int for seed in own):
+            raise RecipeError(f"{path}, {cell}: seeds: expected a list of numbers, got {own!r}")
+        full = f"{name}.{cell}"
+        target = expdir / "studies" / name / f"{cell}.yaml"
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+        every[full] = config.load_run(full, (asr, target), recipe)
+        seeds[full] = tuple(own)
+    config.check_references(every)
+    sets = content.get("sets", [recipe.valid])
+    for test in sets:
+        if test not in (recipe.valid, *recipe.test):
+            raise RecipeError(f"{path}, sets: {config.did_you_mean(test, recipe.test)}")
+    return Study(name, every, seeds, tuple(sets))
+
+
+def cells(content: Mapping[str, Any], where: str) -> dict[str, dict]:
+    """The settings of each cell: what is common, the grid's, its own.
+
+    Raises:
+        RecipeError: a cell is like one that is not there.
+    """
+    common, grid = content.get("common") or {}, content.get("grid") or {}
+    found: dict[str, dict] = {}
+    if grid:
+        for values in itertools.product(*(axis.items() for axis in grid.values())):
+            settings = dict(common)
+            for _, own in values:
+                settings = _merged(settings, own or {})
+            found["-".join(str(value) for value, _ in values)] = settings
+    for cell, own in (content.get("cells") or {}).items():
+        own = dict(own or {})
+        like = own.pop("like", None)
+        if like is not None and like not in found:
+            raise RecipeError(f"{where}, {cell}: like: {config.did_you_mean(like, found)}")
+        found[str(cell)] = _merged(found[like] if like is not None else common, own)
+    for cell in found:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", cell):
+            raise RecipeError(f"{where}: a cell is named by letters, digits, _ and -, not {cell!r}")
+    return {cell: json.loads(json.dumps(settings)) for cell, settings in found.items()}
+
+
+def chosen(
+    study: Study, patterns: str | None, seeds: Sequence[int] | None
+) -> list[tuple[str, int]]:
+    """The cells and seeds of a call, in the study's order, one seed after the other.
+
+    Raises:
+        RecipeError: a pattern that no cell fits, or nothing left.
+    """
+    names = {full.partition(".")[2]: full for full in study.seeds}
+    picked = set(names)
+    if patterns and patterns != "all":
+        picked = set()
+        for pattern in patterns.split(","):
+            fits = fnmatch.filter(names, pattern)
+            if not fits:
+                raise RecipeError(f"--method: {config.did_you_mean(pattern, names)}")
+            picked |= set(fits)
+    pairs = [
+        (full, seed)
+        for cell, full in names.items()
+        for seed in study.seeds[full]
+        if cell in picked and (seeds is None or seed in seeds)
+    ]
+    if not pairs:
+        raise RecipeError(f"--seed: study {study.name} asks for none of {seeds} in these cells")
+    return sorted(pairs, key=lambda pair: pair[1])
+
+
+def jobs(plan: stages.Plan, study: Study, pairs: Sequence[tuple[str, int]]) -> Iterator[Job]:
+    """Train, recognise and record one cell after the other; shared starting points once."""
+    corpus, seen = Path.cwd().parent.name, set()
+    recipe = replace(plan.recipe, test=list(study.sets), report_together=[])
+    for name, seed in pairs:
+        own = replace(plan, recipe=recipe, chosen=(name,), seeds=(seed,))
+        for job in (*stages.train(own), *stages.infer(own)):
+            if job.log not in seen:
+                seen.add(job.log)
+                yield job
+        folder, cell = plan.dir(name, seed), name.partition(".")[2]
+        output = DATA / study.name / f"{corpus}.{cell}.{seed}.json"
+        texts = [folder / "infer" / test / "text" for test in study.sets]
+        references = [Path(f"data/{test}/text") for test in study.sets]
+        argv = [
+            "python3",
+            "-m",
+            "espnet_pl.recipe.record",
+            str(folder),
+            str(plan.runs[name].files[-1]),
+        ]
+        yield Job(
+            f"record {name} seed {seed}",
+            (*argv, "--sets", ",".join(study.sets), "--seed", str(seed), "--output", str(output)),
+            folder / "record.log", inputs=(*texts, *references, folder / "config.yaml"),
+            outputs=(output,), here=True,
+        )  # fmt: skip
+
+
+def _merged(old: Mapping, new: Mapping) -> dict:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
