@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from espnet_pl.data.pairing import Pairing
@@ -11,7 +12,7 @@ from espnet_pl.data.views import at_speed, draw
 from espnet_pl.methods import base
 from espnet_pl.parts.cache import PseudoLabelCache
 from espnet_pl.parts.objectives import Objectives, objective
-from espnet_pl.parts.pseudo_labels import agree, label_statistics, propose
+from espnet_pl.parts.pseudo_labels import agree, label_statistics, propose, student_statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,19 @@ class PseudoLabelling(base.Method):
         super().__init__(config, student, resources)
         self.cache = PseudoLabelCache()
         self.said = PseudoLabelCache()  # by the other teachers, per view
+        # Labels and samples of the labelled speech seen.
+        self.register_buffer("said_in", torch.zeros(2, dtype=torch.float64))
 
     @classmethod
     def pairing(cls, config: Any) -> Pairing:
         """The fields of ``Pairing`` that the settings have by the same name."""
         names = [f.name for f in dataclasses.fields(Pairing)]
         return Pairing(**{n: getattr(config, n) for n in names if hasattr(config, n)})
+
+    def labelled(self, student: nn.Module, x: base.Utterances) -> dict[str, base.Term]:
+        """As any method; how much is said in labelled speech is remembered."""
+        self.said_in += torch.stack([x.text_lengths.sum(), x.speech_lengths.sum()]).to(self.said_in)
+        return super().labelled(student, x)
 
     def proposer(self, student: nn.Module) -> nn.Module:
         """The network that labels."""
@@ -76,11 +84,14 @@ class PseudoLabelling(base.Method):
         terms = {} if cached else self.label(student, x)
         labels = [self.cache.get(i) for i in x.utt_id]
         records = [self.cache.record(i) for i in x.utt_id]
-        heard = student.hear(at_speed(x, draw(self.config.strong_speeds)))
+        strong = at_speed(x, draw(self.config.strong_speeds))
+        heard = student.hear(strong)
         summands, numbers = objective(self.config, heard, labels, records, self.config.max_labels)
-        numbers["label_age"] = sum(int(self.step) - self.cache.made_at(i) for i in x.utt_id) / len(
-            x
-        )
+        ages = [int(self.step) - self.cache.made_at(i) for i in x.utt_id]
+        numbers["label_age"] = sum(ages) / len(ages)
+        said, of_samples = self.said_in.tolist()
+        samples = int(strong.speech_lengths.sum())
+        numbers |= student_statistics(heard, student.blank, samples, said / max(of_samples, 1.0))
         for name, (value, weight, count) in summands.items():
             terms[name] = base.Term(value, self.config.weight * weight, count)
         return terms | base.diagnostics(numbers, len(x))

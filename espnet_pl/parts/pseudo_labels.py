@@ -9,7 +9,7 @@ from torch import nn
 
 from espnet_pl.losses.diagnostics import FrameStatistics, frame_statistics
 from espnet_pl.parts.cache import PseudoLabelCache, Record
-from espnet_pl.parts.decoding import consensus
+from espnet_pl.parts.decoding import consensus, greedy
 from espnet_pl.parts.objectives import Objectives, label, record
 from espnet_pl.parts.teacher import weak_view
 
@@ -73,6 +73,7 @@ def label_statistics(
         Shares and entropies by name; churn and error rate only where they are defined.
     """
     values = {name: value.item() for name, value in made.statistics._asdict().items()}
+    values["label_loops"] = loops(made.labels)
     new = dict(zip(x.utt_id, made.labels))
     again = [i for i in new if i in before]
     if again:
@@ -84,6 +85,38 @@ def label_statistics(
             [new[i] for i in known], [truth[i] for i in known]
         )
     return values
+
+
+def student_statistics(heard: Any, blank: int, samples: int, reference: float) -> dict[str, float]:
+    """What a student's frames look like in the view it learns in, and how much it says there.
+
+    Args:
+        heard: the utterances, as the student hears them.
+        samples: of their speech.
+        reference: labels per sample of labelled speech; 0: not known yet.
+
+    Returns:
+        The same shares and entropies as of a teacher, by names that begin with ``student``; the
+        length ratio only where there is a reference.
+    """
+    log_p, frames = heard.frame_log_probs()
+    statistics = frame_statistics(log_p, frames, blank)
+    values = {f"student_{name}": value.item() for name, value in statistics._asdict().items()}
+    said = greedy(log_p.detach(), frames, blank)
+    values["student_loops"] = loops(said)
+    if reference > 0:
+        values["student_length_ratio"] = sum(map(len, said)) / max(samples, 1) / reference
+    return values
+
+
+def loops(labels: list[list[int]]) -> float:
+    """The share of labels that say again what the two before them said, or the last twice more."""
+    again = sum(
+        y[i - 2] == y[i] and (y[i - 1] == y[i] or (i > 2 and y[i - 3] == y[i - 1]))
+        for y in labels
+        for i in range(2, len(y))
+    )
+    return again / max(sum(map(len, labels)), 1)
 
 
 def label_error_rate(labels: list[list[int]], truth: list[list[int]]) -> float:

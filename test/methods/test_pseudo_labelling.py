@@ -9,7 +9,7 @@ from espnet_pl.data.views import at_speed
 from espnet_pl.methods.base import Batch, ConfigError, Utterances, build, config_of
 from espnet_pl.parts.decoding import consensus
 from espnet_pl.parts.pseudo_labels import agree, propose
-from test.toys import VOCABULARY, ToyStudent
+from test.toys import VOCABULARY, ToyStudent, batch, speaking_student
 
 METHODS = ("slimipl", "mpl", "iterative")
 SPEEDS = [1.0, 0.8, 1.25]
@@ -114,6 +114,53 @@ def speaker(seed):
 def test_other_teachers_of_a_method_without_labels_are_refused():
     with pytest.raises(ConfigError, match="supervised makes no pseudo-labels"):
         build("supervised", {}, listener(), {"teachers": [speaker(1)]})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_how_much_the_student_says_is_compared_with_labelled_speech(name):
+    student = speaking_student()
+    method = build(name, {"unlabelled": 1}, student)
+    seen = batch(fresh=True)
+    terms = method(student, seen)
+    reference = float(seen.labelled.text_lengths.sum() / seen.labelled.speech_lengths.sum())
+    ratio = float(terms["student_length_ratio"].value)
+    said = ratio * reference * float(seen.unlabelled.speech_lengths.sum())
+    assert said == pytest.approx(round(said), abs=1e-4) and round(said) > 0
+    assert terms["student_length_ratio"].weight == 0
+    again = build(name, {"unlabelled": 1}, speaking_student())
+    again.load_state_dict(method.state_dict())
+    assert again.said_in.tolist() == method.said_in.tolist()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "how",
+    [dict(soft=1.0), dict(lattice=1.0), dict(sequences=1.0, ranking=1.0), dict(label="sampled")],
+)
+def test_every_method_learns_every_objective(name, how):
+    """From a cache that went through a checkpoint, too."""
+    how = {"unlabelled": 1, "hard": float("label" in how), **how}
+    student = speaking_student()
+    method = build(name, how, student)
+    method(student, batch(fresh=True))
+    again = build(name, how, student)
+    again.load_state_dict(method.state_dict())
+    for made in (method, again):
+        student.zero_grad()
+        terms = made(student, batch(labelled=False))
+        wanted = {k for k in terms if k.startswith("pseudo")}
+        assert wanted == {f"pseudo_{k}" if k != "label" else "pseudo" for k in how} - {
+            "pseudo_unlabelled", "pseudo_hard",
+        }  # fmt: skip
+        sum(t.weight * t.value for t in terms.values()).backward()
+        assert student.out.weight.grad.abs().sum() > 0
+
+
+def test_frames_can_be_compared_at_the_same_speed_only():
+    for speeds in (dict(weak_speeds=[1.1, 1.0]), dict(strong_speeds=[1.0, 0.9])):
+        with pytest.raises(ConfigError, match="the first of weak_speeds"):
+            config_of("slimipl", {"soft": 1.0, **speeds})
+    assert config_of("slimipl", {"soft": 1.0, "weak_speeds": [1.0, 0.9]}).soft == 1.0
 
 
 @pytest.mark.parametrize("name", METHODS)

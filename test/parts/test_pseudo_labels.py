@@ -4,7 +4,13 @@ import pytest
 
 from espnet_pl.parts.cache import PseudoLabelCache
 from espnet_pl.parts.decoding import greedy
-from espnet_pl.parts.pseudo_labels import label_error_rate, label_statistics, propose
+from espnet_pl.parts.pseudo_labels import (
+    label_error_rate,
+    label_statistics,
+    loops,
+    propose,
+    student_statistics,
+)
 from test.toys import speaking_student, utterances
 
 
@@ -27,6 +33,26 @@ def test_error_rate_by_hand():
     assert label_error_rate([[1, 2, 3], [4]], [[1, 3], [4, 4]]) == 2 / 4
     assert label_error_rate([[1]], [[]]) == 1
     assert label_error_rate([], []) == 0
+
+
+def test_loops_are_what_is_said_again():
+    assert loops([[1, 2, 3, 4], [], [7]]) == 0
+    assert loops([[1, 2, 1]]) == 0  # to come back once is none
+    assert loops([[1, 2, 1, 2, 1]]) == 2 / 5
+    assert loops([[3, 3, 3, 3], [5, 5]]) == 2 / 6  # twice is a word that is said twice
+
+
+def test_a_student_is_described_in_the_view_it_learns_in(student):
+    x = utterances()
+    heard = student.hear(x)
+    said = greedy(*heard.frame_log_probs())
+    values = student_statistics(heard, 0, 100, 0.0)
+    assert "student_length_ratio" not in values
+    told = propose(student, x).statistics
+    for name, value in told._asdict().items():
+        assert values[f"student_{name}"] == pytest.approx(value.item())
+    ratio = student_statistics(heard, 0, 100, 0.03)["student_length_ratio"]
+    assert ratio == pytest.approx(sum(map(len, said)) / 100 / 0.03)
 
 
 def test_statistics_compare_with_the_past_and_with_the_truth(student):
