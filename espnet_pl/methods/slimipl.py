@@ -1,14 +1,19 @@
-r"""slimIPL: continuous pseudo-labelling with hard labels and a dynamic cache.
+r"""slimIPL: continuous pseudo-labelling with a dynamic cache; hard labels, soft ones, or both.
 
 Source: Likhomanenko, Xu, Kahn, Synnaeve, Collobert, "slimIPL", arXiv:2010.11524; details from the
-    authors' code, flashlight/wav2letter recipes/slimIPL (Train.cpp, *_slimipl.cfg).
+    authors' code, flashlight/wav2letter recipes/slimIPL (Train.cpp, *_slimipl.cfg).  Soft labels:
+    "Continuous Soft Pseudo-Labeling in ASR", arXiv:2211.06007 (abstract), and the branch
+    slimIPL_use_soft of that code; sampled labels arXiv:2210.08711 (abstract).
 Equation: L = L_sup(x, y) on N_L and λ-weighted L_u on N_U of N_L + N_U updates,
     L_u = − log p_θ(ŷ|strong(x)),  ŷ = greedy(θ', weak(x)) from the cache or made on the spot;
     θ' = θ (live), its moving average (ema), or its state at the start (frozen).
+    With other weights than hard = 1, L_u is a sum of objectives: parts/objectives.py.
 Differs from the paper: the loss is not divided by the square root of the label length but is
     ESPnet's own criterion; labels are token sequences, not words sent through a lexicon; filling
     the cache takes no updates (the labels are the same, see data/pairing.py); unusable labels are
-    dropped, where the code trains on '|' for an empty and cuts a too long one.
+    dropped, where the code trains on '|' for an empty and cuts a too long one.  Soft labels are
+    summed over the valid frames of an utterance, where the code takes 20 times their mean over
+    all, padding too; the most likely tokens are kept, with the sum of the others.
     Defaults are those of the released 100 h configuration, except warmup: recipes start from a
     trained seed, the paper from scratch with M = 20000.
 Cost: per unlabelled update one training pass, and p (with a cache) or 1 (without) forward
