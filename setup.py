@@ -29,6 +29,7 @@ setup(
             "beartype",
             "hypothesis",
             "import-linter",
+            "matplotlib",
             "pytest<8.4",
             "pytest-timeout",
             "ruff",

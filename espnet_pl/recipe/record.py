@@ -16,8 +16,10 @@ def record(folder: Path, conf: Path, sets: Sequence[str], seed: int) -> dict[str
     """What is kept of a finished cell."""
     marker = markers.read(folder / "train.job.json") or {}
     log = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
-    errors = {}
+    errors, drawn = {}, {}
     for test in sets:
+        clusters = measure.read_reference(test, [test])
+        drawn[test] = clusters.clusters.tolist() if clusters.drawn == "speakers" else None
         reference = scoring.read_text(Path(f"data/{test}/text"))
         found = scoring.read_text(folder / "infer" / test / "text")
         texts = [found.get(key, "") for key in reference]
@@ -29,6 +31,7 @@ def record(folder: Path, conf: Path, sets: Sequence[str], seed: int) -> dict[str
         "seed": seed,
         "settings": config.mapping(conf),
         "errors": errors,  # of each utterance: correct, substituted, deleted, inserted words
+        "speakers": drawn,  # a number for each utterance, where there are enough of them
         "curves": curves(log),
         "updates": measure.updates(folder),
         **{key: marker.get(key) for key in ("wall_s", "cpu_s", "finished", "environment", "shell")},

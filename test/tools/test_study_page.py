@@ -1,0 +1,96 @@
+"""tools/study_page.py: tables and figures from records, and a page that is otherwise left alone."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from espnet_pl.recipe import measure
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = importlib.util.spec_from_file_location("study_page", ROOT / "tools/study_page.py")
+page = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(page)
+
+TEXT = """# Soft
+
+Written by hand.
+<!-- table toy: against hard: * -->
+old
+<!-- end -->
+<!-- figure toy: student_blank_share cer: hard soft -->
+<!-- end -->
+More by hand.
+"""
+
+
+def record(cell, seed, wrong, speakers=None):
+    """Twenty utterances of five words; the first ``wrong`` of them have one substituted."""
+    errors = {f"u{i}": [5, 0, 0, 0] if i >= wrong else [4, 1, 0, 0] for i in range(20)}
+    return {
+        "corpus": "toy", "cell": cell, "seed": seed, "errors": {"dev": errors},
+        "speakers": {"dev": speakers}, "updates": 200, "wall_s": 60.0,
+        "curves": {
+            "train": {
+                "student_blank_share": [[50, 0.5], [100, 0.6], [150, 0.8], [200, 1.0]],
+                "student_frame_entropy": [[50, None], [200, 0.25]],
+            },
+            "valid": {"cer": [[100, 0.5], [200, 0.25 * seed]]},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    data = tmp_path / "data/soft"
+    data.mkdir(parents=True)
+    for cell, seeds in (("hard", {1: 4, 2: 6, 3: 8}), ("soft", {1: 14, 2: 16, 3: 18})):
+        for seed, wrong in seeds.items():
+            path = data / f"toy.{cell}.{seed}.json"
+            path.write_text(json.dumps(record(cell, seed, wrong)))
+    (tmp_path / "soft.md").write_text(TEXT)
+    return tmp_path
+
+
+def test_a_page_is_filled_and_left_alone_elsewhere(folder):
+    page.fill("soft", folder)
+    text = (folder / "soft.md").read_text()
+    assert text.startswith("# Soft\n\nWritten by hand.\n<!-- table") and "old" not in text
+    assert text.endswith("<!-- end -->\nMore by hand.\n")
+    assert "|hard|**6.0** (4.0, 6.0, 8.0)||0.900|0.250|–|200|60|" in text
+    line = next(line for line in text.splitlines() if line.startswith("|soft|"))
+    assert "|**16.0** (14.0, 16.0, 18.0)|+10.0 [" in line and line.count("worse") == 1
+    assert "](soft_1.png)" in text
+    assert (folder / "soft_1.png").read_bytes()[:4] == b"\x89PNG"
+    page.fill("soft", folder)
+    assert (folder / "soft.md").read_text() == text
+
+
+def test_intervals_are_those_of_the_tables_of_results(folder):
+    cells = page.read("soft", folder)["toy"]
+    mean, low, high, seeds = page.interval(cells["soft"], cells["hard"])
+    columns = [
+        [row[1] for row in cells[cell][seed]["errors"]["dev"].values()]
+        for cell in ("soft", "hard")
+        for seed in (1, 2, 3)
+    ]
+    table = np.array([*columns, [5] * 20]).T.astype(float)
+    sums = measure.resample(table, np.arange(20), measure.REPLICATES)
+    expected = measure.interval(sums[:, :3], sums[:, 3:6], sums[:, 6])
+    assert (mean, [low, high], seeds) == (pytest.approx(10.0), expected, 3)
+    # Whole speakers are drawn where there are enough: here all errors are one speaker's.
+    highest = []
+    for speakers in (None, [0] * 4 + [*range(1, 17)]):
+        for cell, wrong in (("hard", 0), ("soft", 4)):
+            cells[cell] = {1: record(cell, 1, wrong, speakers)}
+        highest.append(page.interval(cells["soft"], cells["hard"])[2])
+    assert highest[1] > highest[0]
+    assert page.interval({1: {}}, {2: {}}) is None
+
+
+def test_a_pattern_that_nothing_fits_is_told(folder):
+    (folder / "soft.md").write_text(TEXT.replace("hard: *", "hard: sfot*"))
+    with pytest.raises(SystemExit, match="no record of toy fits 'sfot"):
+        page.fill("soft", folder)

@@ -1,0 +1,175 @@
+"""Fill the page of a study, docs/studies/<study>.md, from its records in docs/studies/data.
+
+A block of the page is written anew between its lines,
+
+    <!-- table fsdd: against hard-10: * -->           cells by patterns, differences to one of them
+    <!-- figure fsdd: blank_share frame_entropy: hard-none soft-none -->
+    <!-- end -->
+
+everything else is left as it is.  A figure lies beside the page, with one panel for each quantity
+and one line for each cell: the mean of its seeds, and each seed thinly.
+
+Usage: tools/study_page.py soft_pl
+"""
+
+import fnmatch
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from espnet_pl.recipe import measure
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs/studies"
+BLOCK = re.compile(r"(<!-- (table|figure) ([^:]+): ([^:]+): (.+?) -->\n).*?(<!-- end -->)", re.S)
+LAST = 100  # updates at the end of a training over which a quantity is averaged
+
+
+def read(study: str, folder: Path) -> dict[str, dict[str, dict[int, dict]]]:
+    """The records by corpus, cell and seed."""
+    found: dict = defaultdict(lambda: defaultdict(dict))
+    for path in sorted((folder / "data" / study).glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found[record["corpus"]][record["cell"]][record["seed"]] = record
+    return found
+
+
+def picked(cells: dict, patterns: str) -> list[str]:
+    """The names that fit, in the order of the patterns; each once."""
+    return [*dict.fromkeys(n for p in patterns.split() for n in cells if fnmatch.fnmatch(n, p))]
+
+
+def rate(records: dict[int, dict]) -> list[float]:
+    """Word error rates in per cent, one for each seed."""
+    out = []
+    for record in records.values():
+        counts = np.array([row for errors in record["errors"].values() for row in errors.values()])
+        out.append(100 * counts[:, 1:].sum() / counts[:, :3].sum())
+    return out
+
+
+def interval(
+    mine: dict[int, dict], base: dict[int, dict]
+) -> tuple[float, float, float, int] | None:
+    """The difference in points, its 95 % interval, and of how many seeds; None without any."""
+    seeds = sorted(set(mine) & set(base))
+    if not seeds:
+        return None
+    first = base[seeds[0]]
+    keys = [(test, key) for test, errors in first["errors"].items() for key in errors]
+    columns = [
+        [sum(record[seed]["errors"][test][key][1:]) for test, key in keys]
+        for record in (mine, base)
+        for seed in seeds
+    ]
+    units = [sum(first["errors"][test][key][:3]) for test, key in keys]
+    drawn = [number for test in first["errors"] for number in first["speakers"][test] or []]
+    clusters = np.array(drawn if len(drawn) == len(keys) else range(len(keys)))
+    sums = measure.resample(
+        np.array([*columns, units]).T.astype(float), clusters, measure.REPLICATES
+    )
+    n = len(seeds)
+    low, high = measure.interval(sums[:, :n], sums[:, n : 2 * n], sums[:, -1])
+    mean = 100 * (np.sum(columns[:n]) - np.sum(columns[n:])) / (n * sum(units))
+    return float(mean), low, high, n
+
+
+def last(records: dict[int, dict], name: str) -> float | None:
+    """A quantity at the end of training, mean of the seeds."""
+    ends = []
+    for record in records.values():
+        curve = [pair for pair in record["curves"]["train"].get(name, []) if pair[1] is not None]
+        if curve:
+            ends.append(np.mean([y for x, y in curve if x > curve[-1][0] - LAST]))
+    return float(np.mean(ends)) if ends else None
+
+
+def table(cells: dict, base: str, patterns: str) -> str:
+    """One line for each cell."""
+    heads = ["cell", "dev WER % (seeds)", f"against {base}", "blank share", "frame entropy"]
+    heads += ["label errors %", "updates", "s"]
+    lines = [f"|{'|'.join(heads)}|", "|---" * len(heads) + "|"]
+    for cell in picked(cells, patterns):
+        records = cells[cell]
+        rates = rate(records)
+        each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
+        differs = ""
+        if cell != base and base in cells and (found := interval(records, cells[base])):
+            mean, low, high, n = found
+            differs = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {measure.verdict(low, high, n)}"
+        ends = [last(records, f"student_{name}") for name in ("blank_share", "frame_entropy")]
+        wrong = last(records, "label_error_rate")
+        numbers = [*("–" if x is None else f"{x:.3f}" for x in ends)]
+        numbers.append("–" if wrong is None else f"{100 * wrong:.1f}")
+        updates = "/".join(dict.fromkeys(str(r["updates"]) for r in records.values()))
+        seconds = np.mean([r["wall_s"] or np.nan for r in records.values()])
+        row = [
+            cell,
+            f"**{np.mean(rates):.1f}**{each}",
+            differs,
+            *numbers,
+            updates,
+            f"{seconds:.0f}",
+        ]
+        lines.append(f"|{'|'.join(row)}|")
+    return "\n".join(lines) + "\n"
+
+
+def figure(cells: dict, quantities: str, patterns: str, path: Path) -> None:
+    """Curves of training, one panel for each quantity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = quantities.split()
+    made, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for number, cell in enumerate(picked(cells, patterns)):
+            each = []
+            for record in cells[cell].values():
+                curves = record["curves"]["train"] | record["curves"]["valid"]
+                curve = np.array([p for p in curves.get(name, []) if p[1] is not None])
+                if len(curve):
+                    each.append(curve)
+                    axis.plot(*curve.T, color=f"C{number}", linewidth=0.6, alpha=0.5)
+            if each:
+                length = min(map(len, each))
+                mean = np.mean([curve[:length, 1] for curve in each], axis=0)
+                axis.plot(each[0][:length, 0], mean, color=f"C{number}", label=cell, linewidth=1.8)
+        axis.set_title(name)
+        axis.set_xlabel("updates")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="lower center", ncols=min(5, len(labels) or 1), frameon=False)
+    made.tight_layout(rect=(0, 0.05 + 0.05 * (len(labels) // 5), 1, 1))
+    made.savefig(path, dpi=110)
+    plt.close(made)
+
+
+def fill(study: str, folder: Path = FOLDER) -> None:
+    """Write all blocks of the page anew."""
+    records, page = read(study, folder), folder / f"{study}.md"
+    figures = 0
+
+    def block(match: re.Match) -> str:
+        nonlocal figures
+        head, kind, corpus, what, patterns, end = match.groups()
+        cells = records.get(corpus.strip(), {})
+        if not picked(cells, patterns):
+            raise SystemExit(f"{page}: no record of {corpus} fits {patterns!r}")
+        if kind == "table":
+            return head + table(cells, what.removeprefix("against").strip(), patterns) + end
+        figures += 1
+        path = folder / f"{study}_{figures}.png"
+        figure(cells, what, patterns, path)
+        return f"{head}![{what} of {patterns} on {corpus}]({path.name})\n{end}"
+
+    page.write_text(BLOCK.sub(block, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    fill(sys.argv[1])
