@@ -339,6 +339,27 @@ FAULTS = {
         "row",
         f"{PARTS} {METHODS}",
     ),
+    "the monitor has no patience": Fault(
+        "espnet_pl/parts/monitor.py", "self.outside == self.patience", "self.outside == 1", PARTS
+    ),
+    "the monitor never learns what is usual": Fault(
+        "espnet_pl/parts/monitor.py",
+        "if self.seen <= self.learn:",
+        "if self.seen <= 1:",
+        PARTS,
+    ),
+    "a student is put back to when it had begun to collapse": Fault(
+        "espnet_pl/methods/pseudo_labelling.py",
+        "self.well.copy(self.later.network)",
+        "self.well.copy(student)",
+        "test/methods/test_pseudo_labelling.py",
+    ),
+    "a student that was put back learns as before": Fault(
+        "espnet_pl/methods/pseudo_labelling.py",
+        "self.config.weight * 0.5 **",
+        "self.config.weight * 1.0 **",
+        "test/methods/test_pseudo_labelling.py",
+    ),
     "a cell forgets what is common": Fault(
         "espnet_pl/recipe/study.py",
         "settings = dict(common)",

@@ -46,6 +46,7 @@ class Method(PseudoLabelling):
         return self.teacher.network
 
     def start(self, student):
+        super().start(student)
         self.teacher.copy(student)
 
     def after_step(self, student):

@@ -1,8 +1,9 @@
 """What the methods with pseudo-labels have in common; who labels, and when, is their own."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from espnet_pl.data.pairing import Pairing
 from espnet_pl.data.views import at_speed, draw
 from espnet_pl.methods import base
 from espnet_pl.parts.cache import PseudoLabelCache
+from espnet_pl.parts.monitor import Monitor
 from espnet_pl.parts.objectives import Objectives, objective
 from espnet_pl.parts.pseudo_labels import agree, label_statistics, propose, student_statistics
+from espnet_pl.parts.teacher import Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +28,19 @@ class PseudoLabellingConfig(Objectives):
     weak_speeds: tuple[float, ...] = (1.0,)
     # Speeds of the strong view: the student hears a batch at one of them, drawn in each update.
     strong_speeds: tuple[float, ...] = (1.0,)
+    # When the student collapses (parts/monitor.py): say so, also go back to when it was well and
+    # halve the weight of what is learnt without labels, or end the training.
+    on_collapse: Literal["warn", "rollback", "stop"] = "warn"
+    monitor_learn: int = 50  # unlabelled updates that say what is usual
+    monitor_patience: int = 25  # unlabelled updates in a row outside of it
+    rollback_every: int = 200  # updates from one copy of the student to the next
 
     def __post_init__(self) -> None:
         if self.max_labels < 1:
             raise ValueError("max_labels must be at least 1")
+        for name in ("monitor_learn", "monitor_patience", "rollback_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
         for name in ("weak_speeds", "strong_speeds"):
             speeds = getattr(self, name)
             if not speeds or not all(0.5 <= speed <= 2.0 for speed in speeds):
@@ -40,6 +52,10 @@ class PseudoLabellingConfig(Objectives):
             )
         super().__post_init__()
         PseudoLabelling.pairing(self)
+
+
+class Collapse(RuntimeError):
+    """The student has collapsed, and the training was to end then."""
 
 
 class PseudoLabelling(base.Method):
@@ -60,6 +76,13 @@ class PseudoLabelling(base.Method):
         super().__init__(config, student, resources)
         self.cache = PseudoLabelCache()
         self.said = PseudoLabelCache()  # by the other teachers, per view
+        self.monitor = Monitor(config.monitor_learn, config.monitor_patience)
+        # The student as it was when it was well, and as it was later: the monitor needs time to see
+        # that something is wrong, so a copy counts only if all was well until the next one.
+        self.well = Teacher(student, 0.0) if config.on_collapse == "rollback" else None
+        self.later = Teacher(student, 0.0) if self.well else None
+        self.register_buffer("alarms", torch.zeros((), dtype=torch.long))
+        self.register_buffer("put_back", torch.zeros((), dtype=torch.long))  # alarms answered
         # Labels and samples of the labelled speech seen.
         self.register_buffer("said_in", torch.zeros(2, dtype=torch.float64))
 
@@ -92,8 +115,10 @@ class PseudoLabelling(base.Method):
         said, of_samples = self.said_in.tolist()
         samples = int(strong.speech_lengths.sum())
         numbers |= student_statistics(heard, student.blank, samples, said / max(of_samples, 1.0))
+        self._watch(numbers)
+        share = self.config.weight * 0.5 ** int(self.put_back)
         for name, (value, weight, count) in summands.items():
-            terms[name] = base.Term(value, self.config.weight * weight, count)
+            terms[name] = base.Term(value, share * weight, count)
         return terms | base.diagnostics(numbers, len(x))
 
     def label(self, student: nn.Module, x: base.Utterances) -> dict[str, base.Term]:
@@ -106,6 +131,44 @@ class PseudoLabelling(base.Method):
         for utt_id, label, record in zip(x.utt_id, made.labels, made.records):
             self.cache.put(utt_id, label, int(self.step), record)
         return base.diagnostics(values, len(x))
+
+    def start(self, student: nn.Module) -> None:
+        """The first copy to go back to is the seed."""
+        if self.well:
+            self.well.copy(student)
+            self.later.copy(student)
+
+    def after_step(self, student: nn.Module) -> None:
+        """Keep a copy of a student that is well; put one that has collapsed back."""
+        super().after_step(student)
+        if not self.well:
+            return
+        if self.alarms > self.put_back:
+            student.load_state_dict(self.well.network.state_dict())
+            self.later.copy(student)
+            self.put_back.copy_(self.alarms)
+            self.monitor.forgive()
+            logging.warning(
+                "the student is as it was when it was well; what it learns without labels now "
+                "weighs %g times as much as at first",
+                0.5 ** int(self.put_back),
+            )
+        elif self.step % self.config.rollback_every == 0 and self.monitor.healthy:
+            self.well.copy(self.later.network)
+            self.later.copy(student)
+
+    def _watch(self, numbers: Mapping[str, float]) -> None:
+        alarm = self.monitor.see(numbers)
+        if not alarm:
+            return
+        self.alarms += 1
+        words = f"collapse at update {int(self.step)}: {alarm}"
+        if self.config.on_collapse == "stop":
+            raise Collapse(
+                f"{words}. The checkpoint of the last epoch is kept. A slower teacher (teacher: "
+                "ema, a cache), fewer unlabelled updates or on_collapse: rollback may help"
+            )
+        logging.warning(words)
 
     def _others(self, x: base.Utterances, views: list[base.Utterances]) -> list[list[list[int]]]:
         """The labels of the other teachers in each view; asked once, for they never change."""

@@ -71,6 +71,7 @@ class Method(PseudoLabelling):
         return self.teacher.network if self.teacher else student
 
     def start(self, student):
+        super().start(student)
         if self.teacher:
             self.teacher.copy(student)
 

@@ -7,6 +7,7 @@ import torch
 
 from espnet_pl.data.views import at_speed
 from espnet_pl.methods.base import Batch, ConfigError, Utterances, build, config_of
+from espnet_pl.methods.pseudo_labelling import Collapse
 from espnet_pl.parts.decoding import consensus
 from espnet_pl.parts.pseudo_labels import agree, propose
 from test.toys import VOCABULARY, ToyStudent, batch, speaking_student
@@ -154,6 +155,57 @@ def test_every_method_learns_every_objective(name, how):
         }  # fmt: skip
         sum(t.weight * t.value for t in terms.values()).backward()
         assert student.out.weight.grad.abs().sum() > 0
+
+
+def collapsing(on_collapse):
+    """A student that says one token everywhere after a few updates, and its method."""
+    student = speaking_student()
+    conf = {"capacity": 0, "unlabelled": 1, "monitor_learn": 3, "monitor_patience": 4}
+    method = build("slimipl", {**conf, "on_collapse": on_collapse, "rollback_every": 30}, student)
+    for _ in range(58):  # the second copy is taken two updates after the collapse began
+        method(student, batch())
+        method.after_step(student)
+    good = {k: v.clone() for k, v in student.state_dict().items()}
+    with torch.no_grad():
+        student.out.bias[1] += 50
+    return student, method, good
+
+
+def until_alarm(student, method, most=60):
+    for _ in range(most):
+        terms = method(student, batch())
+        if method.alarms:
+            return terms
+        method.after_step(student)
+    raise AssertionError("no alarm")
+
+
+def test_a_collapse_is_told_and_training_goes_on(caplog):
+    student, method, _ = collapsing("warn")
+    weight = until_alarm(student, method)["pseudo"].weight
+    assert "collapse at update" in caplog.text and "student_token_entropy is" in caplog.text
+    method.after_step(student)
+    assert student.out.bias[1] > 40 and weight == 1.0
+
+
+def test_a_student_that_collapsed_is_put_back_and_learns_less(caplog):
+    student, method, good = collapsing("rollback")
+    until_alarm(student, method)
+    method.after_step(student)
+    for name, value in student.state_dict().items():
+        if "norm" not in name:  # its statistics follow the speech
+            torch.testing.assert_close(value, good[name])
+    assert "as it was when it was well" in caplog.text and method.monitor.healthy
+    assert method(student, batch())["pseudo"].weight == 0.5
+    again = build("slimipl", dataclasses.asdict(method.config), speaking_student())
+    again.load_state_dict(method.state_dict())
+    assert again(student, batch())["pseudo"].weight == 0.5
+
+
+def test_a_collapse_may_end_the_training():
+    student, method, _ = collapsing("stop")
+    with pytest.raises(Collapse, match="collapse at update .* on_collapse: rollback may help"):
+        until_alarm(student, method)
 
 
 def test_frames_can_be_compared_at_the_same_speed_only():

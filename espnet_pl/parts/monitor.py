@@ -1,0 +1,104 @@
+r"""Has a student collapsed?  Asked of what it says itself; no truth is needed.
+
+Pseudo-labels can teach a student to say one token in every frame, nothing at all, or the same words
+again and again.  What `parts/pseudo_labels.student_statistics` tells of each batch is smoothed,
+
+    s_k ← s_k + (x_k − s_k) / 20,
+
+and compared with its mean over the first unlabelled updates, when all was well.  An alarm is raised
+when a quantity has been outside of its limits for so many of them in a row:
+
+    blank share      more than 0.06 from what was usual
+    frame entropy    more than 0.3 nats above it
+    token entropy    less than half of it
+    length ratio     less than 0.7 or more than 1.4 times as much
+    loops            more than 0.15 above it
+
+The limits were chosen on the runs of docs/studies/soft_pl.md, which says how many they find.
+Source: the quantities are those of arXiv:2211.06007 (abstract: 'a degenerate token distribution per
+frame') and of what else was seen to go wrong; the limits are ours.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+SMOOTHING = 20  # unlabelled updates
+# Of each quantity: more than a + b · usual, or less than c + d · usual, is outside.
+NEVER = float("inf")
+LIMITS = {
+    "student_blank_share": (0.06, 1.0, -0.06, 1.0),
+    "student_frame_entropy": (0.3, 1.0, -NEVER, 0.0),
+    "student_token_entropy": (NEVER, 0.0, 0.0, 0.5),
+    "student_length_ratio": (0.0, 1.4, 0.0, 0.7),
+    "student_loops": (0.15, 1.0, -NEVER, 0.0),
+}
+
+
+class Monitor(nn.Module):
+    """Sees the statistics of every unlabelled update; all ranks of a job see their mean.
+
+    Args:
+        learn: unlabelled updates from which it learns what is usual.
+        patience: unlabelled updates in a row outside of the limits that make an alarm.
+    """
+
+    def __init__(self, learn: int = 50, patience: int = 25) -> None:
+        super().__init__()
+        if learn < 1 or patience < 1:
+            raise ValueError(f"learn is {learn}, patience is {patience}: both must be at least 1")
+        self.learn, self.patience = learn, patience
+        none = torch.zeros(len(LIMITS), dtype=torch.float64)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("usual", none.clone())
+        self.register_buffer("smooth", none.clone())
+        self.register_buffer("outside", torch.zeros(len(LIMITS), dtype=torch.long))
+
+    @property
+    def healthy(self) -> bool:
+        """Whether what is usual is known and nothing is outside of it."""
+        return bool(self.seen >= self.learn) and not bool(self.outside.any())
+
+    def see(self, values: Mapping[str, float]) -> str | None:
+        """Take in one unlabelled update; in the one that raises an alarm, what is wrong, in words.
+
+        Args:
+            values: statistics by name; one that is missing is as usual.
+        """
+        x = self._of_all_ranks(values)
+        known = ~x.isnan()
+        self.seen += 1
+        if self.seen <= self.learn:
+            self.usual += torch.where(known, x - self.usual, 0.0) / self.seen
+            self.smooth.copy_(self.usual)
+            return None
+        self.smooth += torch.where(known, x - self.smooth, 0.0) / SMOOTHING
+        above, more, below, less = self.usual.new_tensor(list(LIMITS.values())).unbind(1)
+        high, low = above + more * self.usual, below + less * self.usual
+        out = (self.smooth > high) | (self.smooth < low)
+        self.outside.copy_(torch.where(out, self.outside + 1, 0))
+        raised = (self.outside == self.patience).nonzero()[:, 0].tolist()
+        if not raised:
+            return None
+        names = list(LIMITS)
+        return "; ".join(
+            f"{names[i]} is {self.smooth[i]:.2f}, it was {self.usual[i]:.2f}, "
+            f"for {self.patience} unlabelled updates outside of "
+            f"[{max(float(low[i]), 0.0):.2f}, {float(high[i]):.2f}]"
+            for i in raised
+        )
+
+    def forgive(self) -> None:
+        """Begin again from what was usual: the student has been put back."""
+        self.smooth.copy_(self.usual)
+        self.outside.zero_()
+
+    def _of_all_ranks(self, values: Mapping[str, float]) -> Tensor:
+        x = self.usual.new_tensor([values.get(name, torch.nan) for name in LIMITS])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            known = ~x.isnan()
+            both = torch.stack([torch.where(known, x, 0.0), known.to(x)])
+            torch.distributed.all_reduce(both)
+            x = both[0] / both[1]  # NaN where no rank knows
+        return x
