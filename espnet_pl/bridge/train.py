@@ -16,6 +16,7 @@ import yaml
 from espnet2.train.class_choices import ClassChoices
 
 from espnet_pl.bridge import compat
+from espnet_pl.bridge.merge import merge
 from espnet_pl.bridge.task import task_of
 from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
 
@@ -34,7 +35,7 @@ def load_config(paths: Sequence[str | Path]) -> dict[str, Any]:
     """
     config: dict[str, Any] = {}
     for path in paths:
-        config = _merge(config, _read(path))
+        config = merge(config, _read(path))
     config.pop("recipe", None)
     task = task_of(config)
     known = {action.dest for action in _parser(task)._actions}
@@ -89,14 +90,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     merged.parent.mkdir(parents=True, exist_ok=True)
     merged.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     task.main(cmd=["--config", str(merged), *rest])
-
-
-def _merge(old: Mapping, new: Mapping) -> dict:
-    merged = dict(old)
-    for key, value in new.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _read(path: str | Path) -> dict[str, Any]:

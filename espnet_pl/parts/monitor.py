@@ -14,7 +14,9 @@ when a quantity has been outside of its limits for so many of them in a row:
     length ratio     less than 0.7 or more than 1.4 times as much
     loops            more than 0.15 above it
 
-The limits were chosen on the runs of docs/studies/soft_pl.md, which says how many they find.
+The limits were set after a look at single runs of four cells of fsdd (soft and hard labels, ten
+unlabelled updates to a labelled one and none labelled); what they find since is in
+docs/studies/soft_pl.md.
 Source: the quantities are those of arXiv:2211.06007 (abstract: 'a degenerate token distribution per
 frame') and of what else was seen to go wrong; the limits are ours.
 """

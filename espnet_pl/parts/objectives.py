@@ -13,8 +13,11 @@ occupancies in the teacher's lattice,
     w_k ∝ P(y_k|x)^scale over the hypotheses,  v_k the same of the student
     c_t = blank_weight where the teacher's likeliest token is the blank, else 1
 
-each of them a mean over utterances, in nats per utterance.  An utterance may count for less, or
-not at all, by the teacher's confidence exp((1/T) Σ_t log max_v p_t(v)).
+each of them a mean over utterances, in nats per utterance.  A label that cannot be learnt is
+dropped and counted, never clipped: an empty one (its loss −Σ_t log q_t(blank) teaches silence), one
+longer than a limit (a looping teacher), one that no alignment of the student can produce.  An
+utterance may count for less, or not at all, by the teacher's confidence
+exp((1/T) Σ_t log max_v p_t(v)).
 
 Source: hard labels arXiv:2010.11524; sampled ones arXiv:2210.08711 (abstract); soft labels of
 frames arXiv:2211.06007 (abstract) and, as a mean over frames times 20, the code of flashlight's
@@ -119,8 +122,7 @@ def record(how: Objectives, heard: Any, blank: int) -> list[Record]:
         heard: the utterances, as the teacher hears them (``methods.base.Heard``).
     """
     log_p, frames = heard.frame_log_probs()
-    n = len(frames)
-    records: list[Record] = [{} for _ in range(n)]
+    records: list[Record] = [{} for _ in frames]
     if how.soft:
         sharp = how.temperature == 0
         keep = 1 if sharp else min(how.keep, log_p.shape[2])
@@ -195,9 +197,8 @@ def objective(
         n = len(records)
         log_w = posterior(log_w.where(possible, -torch.inf), of, n)
         there = torch.zeros_like(each, dtype=torch.bool).index_fill(0, of[possible], True)
-        safe = torch.where(possible, score, 0.0)
         if how.sequences:
-            loss = cross_entropy(log_w, safe, of, n)
+            loss = cross_entropy(log_w, score, of, n)
             out["pseudo_sequences"] = _mean(loss, how.sequences, each, there)
         if how.ranking:
             loss = ranking(log_w, score, of, n, how.scale)

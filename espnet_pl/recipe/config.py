@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,30 +148,35 @@ def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
     What a run leaves open is as in the recipe.
     """
     found = [path for top in ("", asr.stem) for path in Path("conf", top).glob("*.yaml")]
-    runs = {}
+    shared, runs = load_model(asr), {}
     for name in sorted({path.stem for path in found}):
-        if run := load_run(name, files(name, asr), recipe):
+        own = {path: mapping(path) for path in files(name, asr)[1:]}
+        if run := load_run(name, shared | own, recipe):
             runs[name] = run
     check_references(runs)
     return runs
 
 
-def load_run(name: str, paths: Sequence[Path], recipe: Recipe) -> Run | None:
+def load_model(asr: Path) -> dict[Path, dict]:
+    """What all runs of a model share, by its file; nothing if there is none."""
+    return {asr: mapping(asr) if asr.exists() else {}}
+
+
+def load_run(name: str, confs: Mapping[Path, dict], recipe: Recipe) -> Run | None:
     """The run that these files make, the model's first; None if none of the others has a method."""
-    confs = [mapping(path) if path.exists() else {} for path in paths]
-    if not any("method" in conf for conf in confs[1:]):
+    if not any("method" in conf for conf in [*confs.values()][1:]):
         return None
     merged: dict = {}
     options = {key: getattr(recipe, key) for key in ("labelled", "unlabelled", "token_type")}
-    for path, conf in zip(paths, confs):
+    for path, conf in confs.items():
         own = conf.get("recipe") or {}
         if not isinstance(own, dict):
             raise RecipeError(f"{path}, recipe: expected 'name: value' lines")
         merged |= conf
         options |= own
-    where = " + ".join(map(str, paths))
+    where = " + ".join(map(str, confs))
     return Run(
-        name, tuple(paths), str(merged["method"]), _typed(RunOptions, options, f"{where}, recipe:"),
+        name, tuple(confs), str(merged["method"]), _typed(RunOptions, options, f"{where}, recipe:"),
         merged.get("normalize"), merged.get("task") or "asr",
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_pl.recipe import config, markers, measure, scoring
+from espnet_pl.recipe import config, markers, measure
 
 
 def record(folder: Path, conf: Path, sets: Sequence[str], seed: int) -> dict[str, Any]:
@@ -18,13 +18,11 @@ def record(folder: Path, conf: Path, sets: Sequence[str], seed: int) -> dict[str
     log = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
     errors, drawn = {}, {}
     for test in sets:
-        clusters = measure.read_reference(test, [test])
-        drawn[test] = clusters.clusters.tolist() if clusters.drawn == "speakers" else None
-        reference = scoring.read_text(Path(f"data/{test}/text"))
-        found = scoring.read_text(folder / "infer" / test / "text")
-        texts = [found.get(key, "") for key in reference]
-        counts = scoring.align(list(reference.values()), texts, "word")
-        errors[test] = dict(zip(reference, counts.tolist()))
+        reference = measure.read_reference(test, [test])
+        drawn[test] = reference.clusters.tolist() if reference.drawn == "speakers" else None
+        counts = measure.score(reference, {seed: folder}, [test])["word"][seed]
+        keys = (key.removeprefix(f"{test}/") for key in reference.texts)
+        errors[test] = dict(zip(keys, counts.tolist()))
     return {
         "corpus": Path.cwd().parent.name,
         "cell": conf.stem,

@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from espnet_pl.bridge.merge import merge
 from espnet_pl.recipe import config, stages
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
@@ -63,7 +64,7 @@ def load(
     for key in content:
         if key not in KEYS:
             raise RecipeError(f"{path}: {config.did_you_mean(key, KEYS)}")
-    every, seeds = dict(runs), {}
+    model, every, seeds = config.load_model(asr), dict(runs), {}
     for cell, settings in cells(content, str(path)).items():
         own = settings.pop("seeds", content.get("seeds", [1]))
         if not isinstance(own, list) or not all(type(seed) is int for seed in own):
@@ -74,7 +75,7 @@ def load(
         if not target.exists() or target.read_text(encoding="utf-8") != text:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
-        every[full] = config.load_run(full, (asr, target), recipe)
+        every[full] = config.load_run(full, {**model, target: settings}, recipe)
         seeds[full] = tuple(own)
     config.check_references(every)
     sets = content.get("sets", [recipe.valid])
@@ -96,17 +97,18 @@ def cells(content: Mapping[str, Any], where: str) -> dict[str, dict]:
         for values in itertools.product(*(axis.items() for axis in grid.values())):
             settings = dict(common)
             for _, own in values:
-                settings = _merged(settings, own or {})
+                settings = merge(settings, own or {})
             found["-".join(str(value) for value, _ in values)] = settings
     for cell, own in (content.get("cells") or {}).items():
         own = dict(own or {})
         like = own.pop("like", None)
         if like is not None and like not in found:
             raise RecipeError(f"{where}, {cell}: like: {config.did_you_mean(like, found)}")
-        found[str(cell)] = _merged(found[like] if like is not None else common, own)
+        found[str(cell)] = merge(found[like] if like is not None else common, own)
     for cell in found:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", cell):
             raise RecipeError(f"{where}: a cell is named by letters, digits, _ and -, not {cell!r}")
+    # Through JSON: no two cells share a mapping, which YAML would write as a reference.
     return {cell: json.loads(json.dumps(settings)) for cell, settings in found.items()}
 
 
@@ -152,24 +154,11 @@ def jobs(plan: stages.Plan, study: Study, pairs: Sequence[tuple[str, int]]) -> I
         output = DATA / study.name / f"{corpus}.{cell}.{seed}.json"
         texts = [folder / "infer" / test / "text" for test in study.sets]
         references = [Path(f"data/{test}/text") for test in study.sets]
-        argv = [
-            "python3",
-            "-m",
-            "espnet_pl.recipe.record",
-            str(folder),
-            str(plan.runs[name].files[-1]),
-        ]
+        conf = plan.runs[name].files[-1]
+        argv = ["python3", "-m", "espnet_pl.recipe.record", str(folder), str(conf)]
         yield Job(
             f"record {name} seed {seed}",
             (*argv, "--sets", ",".join(study.sets), "--seed", str(seed), "--output", str(output)),
             folder / "record.log", inputs=(*texts, *references, folder / "config.yaml"),
             outputs=(output,), here=True,
         )  # fmt: skip
-
-
-def _merged(old: Mapping, new: Mapping) -> dict:
-    merged = dict(old)
-    for key, value in new.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
