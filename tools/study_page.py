@@ -3,6 +3,7 @@
 A block of the page is written anew between its lines,
 
     <!-- table fsdd: against hard-10: * -->           cells by patterns, differences to one of them
+    <!-- table fsdd: against hard-10 on test: * -->   the same on other speech than the first set
     <!-- figure fsdd: blank_share frame_entropy: hard-none soft-none -->
     <!-- end -->
 
@@ -42,32 +43,33 @@ def picked(cells: dict, patterns: str) -> list[str]:
     return [*dict.fromkeys(n for p in patterns.split() for n in cells if fnmatch.fnmatch(n, p))]
 
 
-def rate(records: dict[int, dict]) -> list[float]:
+def rate(records: dict[int, dict], sets: list[str]) -> list[float]:
     """Word error rates in per cent, one for each seed."""
     out = []
     for record in records.values():
-        counts = np.array([row for errors in record["errors"].values() for row in errors.values()])
+        counts = np.array([row for test in sets for row in record["errors"][test].values()])
         out.append(100 * counts[:, 1:].sum() / counts[:, :3].sum())
     return out
 
 
 def interval(
-    mine: dict[int, dict], base: dict[int, dict]
+    mine: dict[int, dict], base: dict[int, dict], sets: list[str]
 ) -> tuple[float, float, float, int] | None:
     """The difference in points, its 95 % interval, and of how many seeds; None without any."""
     seeds = sorted(set(mine) & set(base))
     if not seeds:
         return None
     first = base[seeds[0]]
-    keys = [(test, key) for test, errors in first["errors"].items() for key in errors]
+    keys = [(test, key) for test in sets for key in first["errors"][test]]
     columns = [
         [sum(record[seed]["errors"][test][key][1:]) for test, key in keys]
         for record in (mine, base)
         for seed in seeds
     ]
     units = [sum(first["errors"][test][key][:3]) for test, key in keys]
-    drawn = [number for test in first["errors"] for number in first["speakers"][test] or []]
-    clusters = np.array(drawn if len(drawn) == len(keys) else range(len(keys)))
+    drawn = [(test, number) for test in sets for number in first["speakers"][test] or []]
+    speakers = [*dict.fromkeys(drawn)] if len(drawn) == len(keys) else []
+    clusters = np.array([speakers.index(s) for s in drawn] if speakers else range(len(keys)))
     sums = measure.resample(
         np.array([*columns, units]).T.astype(float), clusters, measure.REPLICATES
     )
@@ -87,23 +89,28 @@ def last(records: dict[int, dict], name: str) -> float | None:
     return float(np.mean(ends)) if ends else None
 
 
-def table(cells: dict, base: str, patterns: str) -> str:
+def table(cells: dict, what: str, patterns: str) -> str:
     """One line for each cell."""
-    heads = ["cell", "dev WER % (seeds)", f"against {base}", "blank share", "frame entropy"]
-    heads += ["label errors %", "updates", "s"]
+    base, _, other = what.removeprefix("against").strip().partition(" on ")
+    any_record = next(iter(cells[picked(cells, patterns)[0]].values()))
+    sets = other.split(",") if other else [next(iter(any_record["errors"]))]
+    heads = ["cell", f"{'+'.join(sets)} WER % (seeds)", f"against {base}", "blank share"]
+    heads += ["frame entropy", "label errors %", "first alarm", "updates", "s"]
     lines = [f"|{'|'.join(heads)}|", "|---" * len(heads) + "|"]
     for cell in picked(cells, patterns):
         records = cells[cell]
-        rates = rate(records)
+        rates = rate(records, sets)
         each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
         differs = ""
-        if cell != base and base in cells and (found := interval(records, cells[base])):
+        if cell != base and base in cells and (found := interval(records, cells[base], sets)):
             mean, low, high, n = found
             differs = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {measure.verdict(low, high, n)}"
         ends = [last(records, f"student_{name}") for name in ("blank_share", "frame_entropy")]
         wrong = last(records, "label_error_rate")
         numbers = [*("–" if x is None else f"{x:.3f}" for x in ends)]
         numbers.append("–" if wrong is None else f"{100 * wrong:.1f}")
+        alarms = [str(min(r["alarms"])) if r["alarms"] else "–" for r in records.values()]
+        numbers.append(", ".join(alarms))
         updates = "/".join(dict.fromkeys(str(r["updates"]) for r in records.values()))
         seconds = np.mean([r["wall_s"] or np.nan for r in records.values()])
         row = [
@@ -162,7 +169,7 @@ def fill(study: str, folder: Path = FOLDER) -> None:
         if not picked(cells, patterns):
             raise SystemExit(f"{page}: no record of {corpus} fits {patterns!r}")
         if kind == "table":
-            return head + table(cells, what.removeprefix("against").strip(), patterns) + end
+            return head + table(cells, what.strip(), patterns) + end
         figures += 1
         path = folder / f"{study}_{figures}.png"
         figure(cells, what, patterns, path)

@@ -12,7 +12,7 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import SequenceIterFactory, worker_init_fn
 from torch.utils.data import DataLoader
 
-from espnet_pl.data.pairing import Pairing, Step, plan
+from espnet_pl.data.pairing import Chance, Pairing, Step, plan
 from espnet_pl.methods.base import Batch, Utterances
 
 PREFIXES = {"labelled": "", "unlabelled": "unlabelled_", "fresh": "fresh_"}
@@ -31,7 +31,7 @@ def to_batch(flat: dict[str, Any]) -> Batch:
             speech_lengths=flat[f"{prefix}speech_lengths"],
             **text,
         )
-    return Batch(**parts)
+    return Batch(**parts, gone=flat.get("gone_utt_id", []))
 
 
 class PairedIterFactory(AbsIterFactory):
@@ -44,6 +44,8 @@ class PairedIterFactory(AbsIterFactory):
         unlabelled: the same of the unlabelled set, or None.
         steps_per_epoch: updates of an epoch; None: so many that an epoch sees every labelled
             batch once (every unlabelled one, where no update is labelled).
+        chance: how likely the entry of the cache that an unlabelled update used is replaced, where
+            that is known after the update only.
     """
 
     def __init__(
@@ -53,23 +55,24 @@ class PairedIterFactory(AbsIterFactory):
         unlabelled: SequenceIterFactory | None,
         steps_per_epoch: int | None,
         seed: int,
+        chance: Chance | None = None,
     ) -> None:
-        self.pairing, self.seed = pairing, seed
+        self.pairing, self.seed, self.chance = pairing, seed, chance
         self.streams = {"labelled": labelled, "unlabelled": unlabelled, "fresh": unlabelled}
         self.batches = {
             kind: list(stream.sampler.batches) if stream else []
             for kind, stream in self.streams.items()
         }
+        self.batches["gone"] = self.batches["unlabelled"]
         self.steps_per_epoch = steps_per_epoch or self._one_pass()
         self._steps, self._next_epoch = None, None
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The updates of an epoch, counted from 1; ESPnet's ``shuffle`` means nothing here."""
-        steps = self._steps_of(epoch)
         loader = self.streams["labelled"] or self.streams["unlabelled"]
         return DataLoader(
             dataset=_Both({k: s.dataset for k, s in self.streams.items() if s}),
-            batch_sampler=[list(self._keys(step)) for step in steps],
+            batch_sampler=_Epoch(self, epoch),
             collate_fn=partial(_collate, {k: s.collate_fn for k, s in self.streams.items() if s}),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
@@ -85,29 +88,51 @@ class PairedIterFactory(AbsIterFactory):
         block = self.pairing.labelled + self.pairing.unlabelled
         return -(-labelled // self.pairing.labelled) * block
 
-    def _steps_of(self, epoch: int) -> list[Step]:
+    def steps_of(self, epoch: int) -> Iterator[Step]:
+        """The steps of an epoch; each is planned when it is asked for."""
         if epoch != self._next_epoch:  # the first epoch of a process: replay what went before
+            # A loader with workers asks for two batches of each before it wants the first.
+            workers = (self.streams["labelled"] or self.streams["unlabelled"]).num_workers
             self._steps = plan(
                 self.pairing,
                 len(self.batches["labelled"]),
                 len(self.batches["unlabelled"]),
                 self.seed,
+                self.chance,
+                0 if self.chance is None else 1 + 2 * workers,
             )
             for _ in range((epoch - 1) * self.steps_per_epoch):
                 next(self._steps)
+        self._next_epoch = None  # until this one is over
+        for _ in range(self.steps_per_epoch):
+            yield next(self._steps)
         self._next_epoch = epoch + 1
-        return [next(self._steps) for _ in range(self.steps_per_epoch)]
 
-    def _keys(self, step: Step) -> Iterator[tuple[str, str]]:
-        fresh = step.fresh
+    def keys(self, step: Step) -> Iterator[tuple[str, str]]:
+        """What a step is made of: (stream, utterance id)."""
         for kind, batches in (
             ("labelled", [] if step.labelled is None else [step.labelled]),
             ("unlabelled", [] if step.unlabelled is None else [step.unlabelled]),
-            ("fresh", fresh),
+            ("fresh", step.fresh),
+            ("gone", step.gone),
         ):
             for batch in batches:
                 for utt_id in self.batches[kind][batch]:
                     yield kind, utt_id
+
+
+class _Epoch:
+    """The updates of one epoch as lists of keys, each made when it is asked for."""
+
+    def __init__(self, factory: PairedIterFactory, epoch: int) -> None:
+        self.factory, self.epoch = factory, epoch
+
+    def __iter__(self) -> Iterator[list[tuple[str, str]]]:
+        for step in self.factory.steps_of(self.epoch):
+            yield list(self.factory.keys(step))
+
+    def __len__(self) -> int:
+        return self.factory.steps_per_epoch
 
 
 class _Both:
@@ -118,11 +143,13 @@ class _Both:
 
     def __getitem__(self, key: tuple[str, str]) -> tuple[str, Any]:
         kind, utt_id = key
-        return kind, self.datasets[kind][utt_id]
+        return kind, utt_id if kind == "gone" else self.datasets[kind][utt_id]
 
 
 def _collate(collate_fns: dict[str, Any], items: list) -> tuple[list[str], dict[str, Any]]:
     flat, trained = {}, []
+    if gone := [utt_id for kind, utt_id in items if kind == "gone"]:
+        flat["gone_utt_id"] = gone
     for kind, collate_fn in collate_fns.items():
         mine = [data for k, data in items if k == kind]
         if not mine:

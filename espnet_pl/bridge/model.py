@@ -14,6 +14,7 @@ from torch import Tensor
 from espnet_pl.bridge.batches import to_batch
 from espnet_pl.bridge.recogniser import Recogniser
 from espnet_pl.methods.base import Method, Term
+from espnet_pl.parts.ranks import gather, several
 
 SAVED_AS = "method"  # the entry of the optimiser's state that holds the method's
 
@@ -93,15 +94,13 @@ def _across_ranks(terms: dict[str, Term], count: int) -> tuple[dict[str, Term], 
     gradients: with equal weights both are (1/R) Σ_r v_r, so rank r hands over
     R · c_r · v_r / Σ_r c_r.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if not several():
         return terms, count
-    names = sorted(terms)
-    device = next(t.value.device for t in terms.values() if t.weight)
-    counts = torch.tensor([terms[n].count for n in names], dtype=torch.float64, device=device)
-    total = counts.clone()
-    torch.distributed.all_reduce(total)
-    share = counts * torch.distributed.get_world_size() / total.clamp(min=1)
-    return {
-        n: Term(terms[n].value * share[i].to(terms[n].value), terms[n].weight, terms[n].count)
-        for i, n in enumerate(names)
-    }, 1
+    counts = gather({name: term.count for name, term in terms.items()})
+    nothing = torch.zeros((), device=next(t.value.device for t in terms.values() if t.weight))
+    out = {}
+    for name in sorted(set().union(*counts)):  # a rank may have nothing to say about a diagnostic
+        term = terms.get(name, Term(nothing, 0.0, 0))
+        share = term.count * len(counts) / max(sum(of.get(name, 0) for of in counts), 1)
+        out[name] = Term(term.value * share, term.weight, term.count)
+    return out, 1

@@ -4,7 +4,7 @@ import argparse
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from espnet2.tasks.abs_task import AbsTask
 from espnet2.tasks.asr import ASRTask
@@ -35,6 +35,8 @@ class _Learning:
     stock: type[AbsTask]  # reads and writes the same models
     student: type[Recogniser]
     with_text = True  # False for the task of the unlabelled speech
+    # The last model built: ESPnet builds the iterator after it, and gives it the options only.
+    built: ClassVar[PLModel | None] = None
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -103,7 +105,8 @@ class _Learning:
                 parameter.requires_grad = False
         student = cls.student(net)
         resources = {"truth": cls._read_truth(args), "teachers": cls._read_teachers(args)}
-        return PLModel(student, build(args.method, args.method_conf, student, resources))
+        _Learning.built = PLModel(student, build(args.method, args.method_conf, student, resources))
+        return _Learning.built
 
     @classmethod
     def build_optimizers(cls, args: argparse.Namespace, model: PLModel):
@@ -138,7 +141,10 @@ class _Learning:
             theirs.num_iters_per_epoch = None
             without_text = type(cls.__name__, (cls,), {"with_text": False})
             unlabelled = without_text.build_iter_factory(theirs, distributed_option, mode, kwargs)
-        return PairedIterFactory(pairing, factory, unlabelled, args.num_iters_per_epoch, args.seed)
+        chance = None if pairing.replace_when == "random" else _Learning.built.method.chance
+        return PairedIterFactory(
+            pairing, factory, unlabelled, args.num_iters_per_epoch, args.seed, chance
+        )
 
     @classmethod
     def required_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -40,6 +40,18 @@ class Utterances:
     def __len__(self) -> int:
         return len(self.utt_id)
 
+    def pieces(self, samples: int) -> Iterator["Utterances"]:
+        """The speech, in pieces of as many padded samples at most, or of a single utterance."""
+        begin, longest = 0, 0
+        lengths = [*self.speech_lengths.tolist(), float("inf")]
+        for i, length in enumerate(lengths):
+            longest = max(longest, length)
+            if i > begin and (i + 1 - begin) * longest > samples:
+                own = slice(begin, i)
+                speech = self.speech[own, : max(lengths[own])]
+                yield Utterances(self.utt_id[own], speech, self.speech_lengths[own])
+                begin, longest = i, length
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -48,6 +60,7 @@ class Batch:
     labelled: Utterances | None = None
     unlabelled: Utterances | None = None
     fresh: Utterances | None = None  # enter the pseudo-label cache before the update
+    gone: Sequence[str] = ()  # are not in the cache any more after the update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +142,10 @@ class Method(nn.Module):
             self.start(student)
         terms: dict[str, Term] = {}
         if batch.fresh is not None:  # first: this very update may train on them
-            terms |= self.label(student, batch.fresh)
+            # Those that fill the cache come at once, and are more than memory may hold.
+            beside = batch.labelled or batch.unlabelled
+            for piece in batch.fresh.pieces(beside.speech.shape[:2].numel() if beside else 0):
+                terms |= self.label(student, piece)
         if batch.labelled is not None:
             terms |= self.labelled(student, batch.labelled)
         if batch.unlabelled is not None:
@@ -151,6 +167,12 @@ class Method(nn.Module):
     def label(self, student: nn.Module, x: Utterances) -> dict[str, Term]:
         """Give speech that enters the cache its pseudo-labels."""
         raise NotImplementedError(f"{type(self).__module__} asks for a cache, but has none")
+
+    def chance(self, turn: int) -> float:
+        """That what the turn-th unlabelled update used of the cache is replaced, where
+        ``Pairing.replace_when`` says that it depends on labels.
+        """
+        raise NotImplementedError(f"{type(self).__module__} does not know how labels change")
 
     def start(self, student: nn.Module) -> None:
         """Called before each forward pass until the first update has been made.

@@ -49,6 +49,9 @@ class Method(PseudoLabelling):
         super().start(student)
         self.teacher.copy(student)
 
+    def went_back(self, student):
+        self.teacher.copy(student)
+
     def after_step(self, student):
         super().after_step(student)
         self.teacher.follow(student)

@@ -12,9 +12,11 @@ from espnet_pl.data.pairing import Pairing
 from espnet_pl.data.views import at_speed, draw
 from espnet_pl.methods import base
 from espnet_pl.parts.cache import PseudoLabelCache
+from espnet_pl.parts.evolution import Evolution
 from espnet_pl.parts.monitor import Monitor
 from espnet_pl.parts.objectives import Objectives, objective
 from espnet_pl.parts.pseudo_labels import agree, label_statistics, propose, student_statistics
+from espnet_pl.parts.ranks import gather
 from espnet_pl.parts.teacher import Teacher
 
 
@@ -83,6 +85,14 @@ class PseudoLabelling(base.Method):
         self.later = Teacher(student, 0.0) if self.well else None
         self.register_buffer("alarms", torch.zeros((), dtype=torch.long))
         self.register_buffer("put_back", torch.zeros((), dtype=torch.long))  # alarms answered
+        self.register_buffer("taken_at", torch.zeros(2, dtype=torch.long))  # of both copies
+        # Labels made between these updates come from students that were put back.
+        self.register_buffer("doubtful", torch.zeros(2, dtype=torch.long))
+        pairing = self.pairing(config)
+        self.cached = pairing.capacity > 0
+        self.evolution = None
+        if pairing.replace_when != "random":
+            self.evolution = Evolution(pairing.replace, pairing.replace_when == "settled")
         # Labels and samples of the labelled speech seen.
         self.register_buffer("said_in", torch.zeros(2, dtype=torch.float64))
 
@@ -91,6 +101,14 @@ class PseudoLabelling(base.Method):
         """The fields of ``Pairing`` that the settings have by the same name."""
         names = [f.name for f in dataclasses.fields(Pairing)]
         return Pairing(**{n: getattr(config, n) for n in names if hasattr(config, n)})
+
+    def forward(self, student: nn.Module, batch: base.Batch) -> dict[str, base.Term]:
+        """As any method; what was known of utterances that leave the cache is forgotten."""
+        terms = super().forward(student, batch)
+        if batch.gone:
+            for gone in gather(batch.gone):
+                self.cache.forget(gone)
+        return terms
 
     def labelled(self, student: nn.Module, x: base.Utterances) -> dict[str, base.Term]:
         """As any method; how much is said in labelled speech is remembered."""
@@ -103,8 +121,7 @@ class PseudoLabelling(base.Method):
 
     def unlabelled(self, student: nn.Module, x: base.Utterances) -> dict[str, base.Term]:
         """The student's loss on cached labels, or on labels made on the spot."""
-        cached = self.pairing(self.config).capacity > 0
-        terms = {} if cached else self.label(student, x)
+        terms = self.label(student, x) if not self.cached or self._stale(x) else {}
         labels = [self.cache.get(i) for i in x.utt_id]
         records = [self.cache.record(i) for i in x.utt_id]
         strong = at_speed(x, draw(self.config.strong_speeds))
@@ -112,10 +129,18 @@ class PseudoLabelling(base.Method):
         summands, numbers = objective(self.config, heard, labels, records, self.config.max_labels)
         ages = [int(self.step) - self.cache.made_at(i) for i in x.utt_id]
         numbers["label_age"] = sum(ages) / len(ages)
+        if self.evolution:
+            how = Objectives(label=self.config.label, sampling=self.config.sampling)
+            weak = at_speed(x, self.config.weak_speeds[0])
+            now = propose(self.proposer(student), weak, how).labels
+            numbers["label_change"] = self.evolution.see(labels, now)
+        if not self.cached:
+            self.cache.forget(x.utt_id)
         said, of_samples = self.said_in.tolist()
         samples = int(strong.speech_lengths.sum())
         numbers |= student_statistics(heard, student.blank, samples, said / max(of_samples, 1.0))
-        self._watch(numbers)
+        churn = {k: float(terms[k].value) for k in ("label_churn",) if k in terms}
+        self._watch(numbers | churn)
         share = self.config.weight * 0.5 ** int(self.put_back)
         for name, (value, weight, count) in summands.items():
             terms[name] = base.Term(value, share * weight, count)
@@ -128,9 +153,19 @@ class PseudoLabelling(base.Method):
         said = [propose(teacher, view, self.config) for view in views]
         made = agree(said, self._others(x, views))
         values = label_statistics(x, made, self.cache, self.resources.get("truth", {}))
-        for utt_id, label, record in zip(x.utt_id, made.labels, made.records):
-            self.cache.put(utt_id, label, int(self.step), record)
+        entries = list(zip(x.utt_id, made.labels, made.records))
+        # One rank writes the checkpoint: it has to know what is in the cache of all.
+        for several in gather(entries) if self.cached else [entries]:
+            for utt_id, label, record in several:
+                self.cache.put(utt_id, label, int(self.step), record)
         return base.diagnostics(values, len(x))
+
+    def chance(self, turn: int) -> float:
+        """By how much the labels had changed."""
+        return self.evolution.chance(turn)
+
+    def went_back(self, student: nn.Module) -> None:
+        """Called when the student was put back: a teacher that follows it is, too."""
 
     def start(self, student: nn.Module) -> None:
         """The first copy to go back to is the seed."""
@@ -147,7 +182,11 @@ class PseudoLabelling(base.Method):
             student.load_state_dict(self.well.network.state_dict())
             self.later.copy(student)
             self.put_back.copy_(self.alarms)
+            if not self.doubtful[1]:
+                self.doubtful[0] = self.taken_at[0]
+            self.doubtful[1] = self.taken_at[1] = self.step
             self.monitor.forgive()
+            self.went_back(student)
             logging.warning(
                 "the student is as it was when it was well; what it learns without labels now "
                 "weighs %g times as much as at first",
@@ -156,6 +195,15 @@ class PseudoLabelling(base.Method):
         elif self.step % self.config.rollback_every == 0 and self.monitor.healthy:
             self.well.copy(self.later.network)
             self.later.copy(student)
+            self.taken_at[0] = self.taken_at[1]
+            self.taken_at[1] = self.step
+
+    def _stale(self, x: base.Utterances) -> bool:
+        """Whether labels of x come from a student that was put back."""
+        begin, end = self.doubtful.tolist()
+        if not end:
+            return False
+        return any(gather(any(begin < self.cache.made_at(i) < end for i in x.utt_id)))
 
     def _watch(self, numbers: Mapping[str, float]) -> None:
         alarm = self.monitor.see(numbers)

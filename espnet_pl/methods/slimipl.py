@@ -3,7 +3,8 @@ r"""slimIPL: continuous pseudo-labelling with a dynamic cache; hard labels, soft
 Source: Likhomanenko, Xu, Kahn, Synnaeve, Collobert, "slimIPL", arXiv:2010.11524; details from the
     authors' code, flashlight/wav2letter recipes/slimIPL (Train.cpp, *_slimipl.cfg).  Soft labels:
     "Continuous Soft Pseudo-Labeling in ASR", arXiv:2211.06007 (abstract), and the branch
-    slimIPL_use_soft of that code; sampled labels arXiv:2210.08711 (abstract).
+    slimIPL_use_soft of that code; sampled labels, and a cache that labels leave by how much they
+    change, arXiv:2210.08711 (abstract).
 Equation: L = L_sup(x, y) on N_L and λ-weighted L_u on N_U of N_L + N_U updates,
     L_u = − log p_θ(ŷ|strong(x)),  ŷ = greedy(θ', weak(x)) from the cache or made on the spot;
     θ' = θ (live), its moving average (ema), or its state at the start (frozen).
@@ -37,6 +38,7 @@ class Config(PseudoLabellingConfig):
     warmup: int = 0  # M, supervised updates before pseudo-labels; 20000
     capacity: int = 100  # C, batches; 0 labels on the spot    slimIPL_cache_size
     replace: float = 0.1  # p                                  slimIPL_cache_prob
+    replace_when: Literal["random", "changed", "settled"] = "random"  # parts/evolution.py
     teacher: Literal["live", "ema", "frozen"] = "live"  #      slimIPL_ema
     decay: float = 0.999  # of the moving average              slimIPL_ema_decay
     decay_warmup: float = 0.0  # w of parts/teacher.py, in updates; not in the paper
@@ -73,6 +75,10 @@ class Method(PseudoLabelling):
     def start(self, student):
         super().start(student)
         if self.teacher:
+            self.teacher.copy(student)
+
+    def went_back(self, student):
+        if self.teacher and self.config.teacher == "ema":
             self.teacher.copy(student)
 
     def after_step(self, student):

@@ -9,7 +9,7 @@ re-entering utterance overwrites its label
 (flashlight/wav2letter recipes/slimIPL/src/Train.cpp).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -48,7 +48,9 @@ class PseudoLabelCache(nn.Module):
         """
         self._labels[utt_id] = list(label)
         self._made_at[utt_id] = step
-        self._records[utt_id] = dict(record)
+        self.forget([utt_id])
+        if record:
+            self._records[utt_id] = dict(record)
 
     def get(self, utt_id: str) -> list[int]:
         """The label of an utterance.
@@ -72,20 +74,27 @@ class PseudoLabelCache(nn.Module):
 
     def record(self, utt_id: str) -> Record:
         """What else was known of the utterance when it was labelled."""
-        return self._records[utt_id]
+        return self._records.get(utt_id, {})
+
+    def forget(self, utt_ids: Iterable[str]) -> None:
+        """Keep no records of utterances that will not be used: they are large, labels are not."""
+        for utt_id in utt_ids:
+            self._records.pop(utt_id, None)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Everything, as tensors."""
         ids = [utt_id.encode() for utt_id in self._labels]
         labels = list(self._labels.values())
-        names = sorted({name for record in self._records.values() for name in record})
-        columns = {name: [record[name] for record in self._records.values()] for name in names}
+        records = [self._records[i] for i in self._labels if i in self._records]
+        names = sorted({name for record in records for name in record})
+        columns = {name: [record[name] for record in records] for name in names}
         return {
             "id_bytes": torch.tensor(list(b"".join(ids)), dtype=torch.uint8),
             "id_lengths": torch.tensor([len(i) for i in ids], dtype=torch.long),
             "labels": torch.tensor([k for y in labels for k in y], dtype=torch.int32),
             "label_lengths": torch.tensor([len(y) for y in labels], dtype=torch.long),
             "made_at": torch.tensor(list(self._made_at.values()), dtype=torch.long),
+            "recorded": torch.tensor([i in self._records for i in self._labels], dtype=torch.bool),
             **{f"record {name}": torch.cat([x.flatten() for x in columns[name]]) for name in names},
             **{f"shape {name}": torch.tensor([x.shape for x in columns[name]]) for name in names},
         }
@@ -97,11 +106,11 @@ class PseudoLabelCache(nn.Module):
         labels = _split(state["labels"].tolist(), state["label_lengths"])
         self._labels = dict(zip(ids, labels))
         self._made_at = dict(zip(ids, state["made_at"].tolist()))
-        self._records = {i: {} for i in ids}
+        self._records = {i: {} for i, there in zip(ids, state["recorded"].tolist()) if there}
         for name in (key.removeprefix("record ") for key in state if key.startswith("record ")):
             shapes = state[f"shape {name}"]
             rows = _split(state[f"record {name}"], shapes.prod(1))
-            for i, row, shape in zip(ids, rows, shapes.tolist()):
+            for i, row, shape in zip(self._records, rows, shapes.tolist()):
                 self._records[i][name] = row.view(shape).clone()
 
 

@@ -5,14 +5,15 @@ again and again.  What `parts/pseudo_labels.student_statistics` tells of each ba
 
     s_k ← s_k + (x_k − s_k) / 20,
 
-and compared with its mean over the first unlabelled updates, when all was well.  An alarm is raised
-when a quantity has been outside of its limits for so many of them in a row:
+and compared with its mean over the first updates that told of it, when all was well.  An alarm is
+raised when a quantity has been outside of its limits for so many of them in a row:
 
     blank share      more than 0.06 from what was usual
     frame entropy    more than 0.3 nats above it
     token entropy    less than half of it
     length ratio     less than 0.7 or more than 1.4 times as much
     loops            more than 0.15 above it
+    label churn      more than 0.6 edits per token of the label that is replaced, usual or not
 
 The limits were set after a look at single runs of four cells of fsdd (soft and hard labels, ten
 unlabelled updates to a labelled one and none labelled); what they find since is in
@@ -26,6 +27,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from espnet_pl.parts.ranks import total
+
 SMOOTHING = 20  # unlabelled updates
 # Of each quantity: more than a + b · usual, or less than c + d · usual, is outside.
 NEVER = float("inf")
@@ -35,6 +38,7 @@ LIMITS = {
     "student_token_entropy": (NEVER, 0.0, 0.0, 0.5),
     "student_length_ratio": (0.0, 1.4, 0.0, 0.7),
     "student_loops": (0.15, 1.0, -NEVER, 0.0),
+    "label_churn": (0.6, 0.0, -NEVER, 0.0),
 }
 
 
@@ -42,7 +46,7 @@ class Monitor(nn.Module):
     """Sees the statistics of every unlabelled update; all ranks of a job see their mean.
 
     Args:
-        learn: unlabelled updates from which it learns what is usual.
+        learn: unlabelled updates from which it learns what is usual, of each quantity.
         patience: unlabelled updates in a row outside of the limits that make an alarm.
     """
 
@@ -52,15 +56,15 @@ class Monitor(nn.Module):
             raise ValueError(f"learn is {learn}, patience is {patience}: both must be at least 1")
         self.learn, self.patience = learn, patience
         none = torch.zeros(len(LIMITS), dtype=torch.float64)
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", none.long())  # values of each quantity
         self.register_buffer("usual", none.clone())
         self.register_buffer("smooth", none.clone())
-        self.register_buffer("outside", torch.zeros(len(LIMITS), dtype=torch.long))
+        self.register_buffer("outside", none.long())
 
     @property
     def healthy(self) -> bool:
         """Whether what is usual is known and nothing is outside of it."""
-        return bool(self.seen >= self.learn) and not bool(self.outside.any())
+        return bool(self.seen.max() >= self.learn) and not bool(self.outside.any())
 
     def see(self, values: Mapping[str, float]) -> str | None:
         """Take in one unlabelled update; in the one that raises an alarm, what is wrong, in words.
@@ -70,17 +74,16 @@ class Monitor(nn.Module):
         """
         x = self._of_all_ranks(values)
         known = ~x.isnan()
-        self.seen += 1
-        if self.seen <= self.learn:
-            self.usual += torch.where(known, x - self.usual, 0.0) / self.seen
-            self.smooth.copy_(self.usual)
-            return None
-        self.smooth += torch.where(known, x - self.smooth, 0.0) / SMOOTHING
+        self.seen += known
+        learning = self.seen <= self.learn
+        self.usual += torch.where(known & learning, x - self.usual, 0.0) / self.seen.clamp(min=1)
+        step = torch.where(known, x - self.smooth, 0.0) / SMOOTHING
+        self.smooth.copy_(torch.where(learning, self.usual, self.smooth + step))
         above, more, below, less = self.usual.new_tensor(list(LIMITS.values())).unbind(1)
         high, low = above + more * self.usual, below + less * self.usual
-        out = (self.smooth > high) | (self.smooth < low)
-        self.outside.copy_(torch.where(out, self.outside + 1, 0))
-        raised = (self.outside == self.patience).nonzero()[:, 0].tolist()
+        out = ~learning & ((self.smooth > high) | (self.smooth < low))
+        self.outside.copy_(torch.where(known, torch.where(out, self.outside + 1, 0), self.outside))
+        raised = (known & (self.outside == self.patience)).nonzero()[:, 0].tolist()
         if not raised:
             return None
         names = list(LIMITS)
@@ -98,9 +101,6 @@ class Monitor(nn.Module):
 
     def _of_all_ranks(self, values: Mapping[str, float]) -> Tensor:
         x = self.usual.new_tensor([values.get(name, torch.nan) for name in LIMITS])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            known = ~x.isnan()
-            both = torch.stack([torch.where(known, x, 0.0), known.to(x)])
-            torch.distributed.all_reduce(both)
-            x = both[0] / both[1]  # NaN where no rank knows
-        return x
+        known = ~x.isnan()
+        both = total(torch.stack([torch.where(known, x, 0.0), known.to(x)]))
+        return both[0] / both[1]  # NaN where no rank knows

@@ -31,6 +31,7 @@ def record(folder: Path, conf: Path, sets: Sequence[str], seed: int) -> dict[str
         "errors": errors,  # of each utterance: correct, substituted, deleted, inserted words
         "speakers": drawn,  # a number for each utterance, where there are enough of them
         "curves": curves(log),
+        "alarms": [int(update) for update in re.findall(r"collapse at update (\d+)", log)],
         "updates": measure.updates(folder),
         **{key: marker.get(key) for key in ("wall_s", "cpu_s", "finished", "environment", "shell")},
     }

@@ -50,8 +50,44 @@ def test_two_ranks_train_together_to_the_end(arguments, tmp_path):
     saved = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=False)
     assert saved["optimizers"][0]["method"]["step"] == 10
     assert all(v.isfinite().all() for v in saved["model"].values() if v.is_floating_point())
-    # Rank 0 saw its share of the ten unlabelled utterances only.
-    assert 0 < len(saved["optimizers"][0]["method"]["cache._extra_state"]["id_lengths"]) < 10
+
+
+@pytest.mark.parametrize("when", ["random", "changed"])
+def test_both_ranks_go_on_with_the_cache_they_had(when, arguments, tmp_path):
+    """Rank 0 alone writes the checkpoint."""
+    conf = {"capacity": 2, "unlabelled": 2, "replace": 0.5, "replace_when": when, "soft": 1.0}
+    saved = []
+    for out, epochs in (("whole", (2,)), ("parts", (1, 2))):
+        for last in epochs:
+            argv = arguments(out=out, method_conf=conf, max_epoch=last)
+            (tmp_path / "rendezvous").unlink(missing_ok=True)
+            results = two_ranks(argv, tmp_path, ["--resume", "true"])
+            assert [code for _, code in results] == [0, 0], results[1][0][-2000:]
+        saved.append(torch.load(tmp_path / out / "checkpoint.pth", weights_only=False))
+    for name, value in saved[0]["model"].items():
+        torch.testing.assert_close(saved[1]["model"][name], value)
+    caches = [s["optimizers"][0]["method"]["cache._extra_state"] for s in saved]
+    assert caches[0]["labels"].tolist() == caches[1]["labels"].tolist()
+    assert caches[0]["made_at"].tolist() == caches[1]["made_at"].tolist()
+
+
+def _diagnostics(rank, world, path, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}", world_size=world, rank=rank
+    )
+    terms = {"loss": Term(torch.tensor(1.0), 1.0, 2)}
+    if rank == 1:
+        terms["label_churn"] = Term(torch.tensor(0.5), 0.0, 3)
+    found, _ = _across_ranks(terms, 2)
+    results[rank] = {name: float(term.value) for name, term in found.items()}
+    torch.distributed.destroy_process_group()
+
+
+def test_what_one_rank_alone_can_tell_is_its_own(tmp_path):
+    results = mp.Manager().dict()
+    mp.spawn(_diagnostics, (2, tmp_path / "rendezvous", results), nprocs=2)
+    assert results[0] == {"label_churn": 0.0, "loss": 1.0}
+    assert results[1] == {"label_churn": 1.0, "loss": 1.0}  # the trainer halves it
 
 
 def _rank(rank, world, path, results):

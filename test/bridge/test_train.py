@@ -45,6 +45,22 @@ def test_a_restart_continues_bit_by_bit(method, arguments, tmp_path):
     assert whole["optimizers"][0]["method"]["step"] == 15
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_depends_on_its_labels_continues_bit_by_bit(workers, arguments, tmp_path):
+    conf = SMALL | {"capacity": 3, "replace": 1.0, "replace_when": "settled", "label": "sampled"}
+    changes = dict(method_conf=conf, num_workers=workers)
+    main(arguments("slimipl", "whole", max_epoch=4, **changes))
+    main(arguments("slimipl", "parts", max_epoch=2, **changes))
+    main([*arguments("slimipl", "parts", max_epoch=4, **changes), "--resume", "true"])
+    whole, parts = (weights(tmp_path / d / "checkpoint.pth") for d in ("whole", "parts"))
+    assert same(whole["model"], parts["model"])
+    assert same(whole["optimizers"], parts["optimizers"])
+    method = whole["optimizers"][0]["method"]
+    changes = method["evolution._extra_state"]
+    assert len(changes) > 10 and changes.unique().numel() > 2
+    assert method["cache._extra_state"]["made_at"].unique().numel() > 1  # some have left
+
+
 def test_every_checkpoint_is_a_stock_one(arguments, tmp_path):
     main(arguments("slimipl", method_conf=SMALL | {"teacher": "ema"}))
     net, _ = ASRTask.build_model_from_file(

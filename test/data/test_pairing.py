@@ -108,6 +108,64 @@ def test_without_a_cache_nothing_is_announced():
     assert all(s.fresh == () for s in found)
 
 
+def live(chance, ahead=1, capacity=5, n=200, n_unlabelled=50):
+    """The steps of a run in which what an update used is replaced by a chance known later."""
+    pairing = Pairing(labelled=0, unlabelled=1, capacity=capacity, replace_when="changed")
+    return list(islice(plan(pairing, 1, n_unlabelled, 0, chance, ahead), n))
+
+
+def test_what_is_replaced_may_depend_on_the_update_that_used_it():
+    used = []
+
+    def chance(turn):
+        assert turn < len(used), "asked before the update was made"
+        return float(used[turn] % 2)  # odd ones leave, even ones stay
+
+    kept = set()
+    pairing = Pairing(labelled=0, unlabelled=1, capacity=5, replace_when="changed")
+    for step in islice(plan(pairing, 1, 50, 0, chance, 1), 400):
+        kept |= set(step.fresh)
+        assert step.unlabelled in kept
+        used.append(step.unlabelled)
+        kept -= set(step.gone)
+    assert all(batch % 2 == 0 for batch in used[-100:]) and len(kept) in (5, 6)
+    assert max(Counter(b for b in used if b % 2).values()) <= 2  # asked one turn later
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 9])
+def test_as_many_turns_are_planned_ahead_as_was_said(ahead):
+    asked = []
+
+    def chance(turn):
+        asked.append(turn)
+        return 0.5
+
+    found = live(chance, ahead, capacity=20)
+    assert asked == list(range(len(found) - ahead))
+    assert sum(len(s.fresh) for s in found) - 20 == pytest.approx(100, abs=25)
+    assert all(len(s.fresh) <= 1 for s in found[1:])
+
+
+def test_a_known_chance_makes_the_same_plan_again():
+    chances = [(17 * turn % 10) / 10 for turn in range(200)]
+    assert live(chances.__getitem__, 3) == live(chances.__getitem__, 3)
+    assert live(chances.__getitem__, 3) != live(lambda turn: 1 - chances[turn], 3)
+
+
+@pytest.mark.parametrize("replace, n_unlabelled", [(0.5, 11), (1.0, 6), (1.0, 7), (0.3, 100)])
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+def test_what_is_gone_is_not_used_unless_it_enters_again(replace, n_unlabelled, ahead):
+    pairing = Pairing(labelled=1, unlabelled=3, capacity=6)
+    kept, gone = set(), 0
+    for step in islice(plan(pairing, 7, n_unlabelled, 0, lambda _: replace, ahead), 500):
+        kept |= set(step.fresh)
+        assert step.unlabelled is None or step.unlabelled in kept
+        kept -= set(step.gone)
+        gone += len(step.gone)
+        assert len(kept) <= 6
+    assert gone > 20
+
+
 def test_labelled_only():
     assert steps(Pairing(), 3, n_unlabelled=0) == [
         Step(labelled=i) for i in [s.labelled for s in steps(Pairing(), 3)]
@@ -122,6 +180,7 @@ def test_labelled_only():
         dict(replace=1.5),
         dict(together=True, unlabelled=4),
         dict(capacity=-1),
+        dict(unlabelled=1, replace_when="settled"),
     ],
 )
 def test_impossible_pairings_are_refused(bad):

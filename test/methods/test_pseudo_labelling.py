@@ -10,7 +10,7 @@ from espnet_pl.methods.base import Batch, ConfigError, Utterances, build, config
 from espnet_pl.methods.pseudo_labelling import Collapse
 from espnet_pl.parts.decoding import consensus
 from espnet_pl.parts.pseudo_labels import agree, propose
-from test.toys import VOCABULARY, ToyStudent, batch, speaking_student
+from test.toys import VOCABULARY, ToyStudent, batch, speaking_student, utterances
 
 METHODS = ("slimipl", "mpl", "iterative")
 SPEEDS = [1.0, 0.8, 1.25]
@@ -157,13 +157,13 @@ def test_every_method_learns_every_objective(name, how):
         assert student.out.weight.grad.abs().sum() > 0
 
 
-def collapsing(on_collapse):
+def collapsing(on_collapse, **conf):
     """A student that says one token everywhere after a few updates, and its method."""
     student = speaking_student()
-    conf = {"capacity": 0, "unlabelled": 1, "monitor_learn": 3, "monitor_patience": 4}
+    conf = {"capacity": 0, "unlabelled": 1, "monitor_learn": 3, "monitor_patience": 4, **conf}
     method = build("slimipl", {**conf, "on_collapse": on_collapse, "rollback_every": 30}, student)
-    for _ in range(58):  # the second copy is taken two updates after the collapse began
-        method(student, batch())
+    for update in range(58):  # the second copy is taken two updates after the collapse began
+        method(student, batch(fresh=update == 0))
         method.after_step(student)
     good = {k: v.clone() for k, v in student.state_dict().items()}
     with torch.no_grad():
@@ -202,10 +202,69 @@ def test_a_student_that_collapsed_is_put_back_and_learns_less(caplog):
     assert again(student, batch())["pseudo"].weight == 0.5
 
 
+@pytest.mark.parametrize("conf", [{"teacher": "ema"}, {"teacher": "frozen"}, {"teacher": "live"}])
+def test_a_teacher_that_follows_is_put_back_with_its_student(conf):
+    student, method, good = collapsing("rollback", **conf)
+    until_alarm(student, method)
+    before = method.teacher and method.teacher.network.out.bias.clone()
+    method.after_step(student)
+    if method.teacher:
+        after = method.teacher.network.out.bias
+        follows = conf["teacher"] == "ema"
+        assert torch.equal(before, after) != follows
+        torch.testing.assert_close(after[1] > 5, torch.tensor(False))
+
+
+def test_labels_of_a_student_that_was_put_back_are_made_anew():
+    student, method, _ = collapsing("rollback", capacity=3)
+    method(student, batch(labelled=False, fresh=True))  # by the student that has collapsed
+    bad = [method.cache.get(f"u{i}") for i in range(3)]
+    assert bad == [[1], [1], [1]]
+    until_alarm(student, method)
+    method.after_step(student)
+    again = build("slimipl", dataclasses.asdict(method.config), speaking_student())
+    again.load_state_dict(method.state_dict())
+    for made in (method, again):
+        assert made(student, batch(labelled=False))["label_age"].value == 0
+        now = [made.cache.get(f"u{i}") for i in range(3)]
+        assert now == propose(student, batch().unlabelled).labels != bad
+        made.after_step(student)
+        assert made(student, batch(labelled=False))["label_age"].value == 1  # once
+
+
 def test_a_collapse_may_end_the_training():
     student, method, _ = collapsing("stop")
     with pytest.raises(Collapse, match="collapse at update .* on_collapse: rollback may help"):
         until_alarm(student, method)
+
+
+def test_what_fills_the_cache_is_labelled_in_pieces_no_larger_than_a_batch(monkeypatch):
+    student, method = speaking_student(), build("slimipl", {"unlabelled": 1}, speaking_student())
+    many = utterances(n=40, text=False, prefix="f")
+    said = propose(student, many).labels
+    sizes, hear = [], type(student).hear
+
+    def heard(self, x):
+        sizes.append(x.speech.shape[:2].numel())
+        return hear(self, x)
+
+    monkeypatch.setattr(type(student), "hear", heard)
+    seen = dataclasses.replace(batch(unlabelled=False), fresh=many)
+    method(student, seen)
+    *pieces, supervised = sizes
+    assert supervised >= max(pieces) and len(pieces) > 10
+    assert [method.cache.get(i) for i in many.utt_id] == said
+
+
+def test_pieces_are_whole():
+    x = utterances(n=7, text=False)
+    for samples in (0, 40, 100, 10**6):
+        pieces = list(x.pieces(samples))
+        assert [i for piece in pieces for i in piece.utt_id] == x.utt_id
+        for piece in pieces:
+            assert len(piece) == 1 or piece.speech.shape[0] * piece.speech.shape[1] <= samples
+            assert piece.speech.shape[1] == piece.speech_lengths.max()
+        assert {0: 7, 10**6: 1}.get(samples, len(pieces)) == len(pieces)
 
 
 def test_frames_can_be_compared_at_the_same_speed_only():

@@ -1,5 +1,7 @@
 """methods/slimipl: which labels, made by whom and when."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -41,6 +43,51 @@ def test_speech_that_enters_and_is_used_in_the_same_update_is_labelled_first():
     student, method = ready(capacity=3)
     terms = method(student, batch(labelled=False, fresh=True))
     assert terms["label_age"].value == 0 and terms["pseudo"].value > 0
+
+
+def soft(**conf):
+    return ready(soft=1.0, hard=0.0, **conf)
+
+
+def test_what_is_known_of_speech_that_leaves_the_cache_is_forgotten_after_its_update():
+    student, method = soft(capacity=3)
+    method(student, batch(unlabelled=False, fresh=True))
+    assert len(method.cache.record("u1")) == 3
+    terms = method(student, dataclasses.replace(batch(labelled=False), gone=["u1", "u2"]))
+    assert terms["pseudo_soft"].value.isfinite()
+    assert not method.cache.record("u1") and not method.cache.record("u2")
+    assert len(method.cache.record("u0")) == 3 and len(method.cache) == 3
+
+
+def test_without_a_cache_nothing_is_known_of_speech_after_its_update():
+    student, method = soft(capacity=0)
+    terms = method(student, batch(labelled=False))
+    assert terms["pseudo_soft"].value.isfinite()
+    assert len(method.cache) == 3 and not any(method.cache.record(f"u{i}") for i in range(3))
+
+
+@pytest.mark.parametrize("when", ["changed", "settled"])
+def test_labels_leave_by_how_much_they_have_changed(when):
+    student, method = ready(capacity=3, replace=0.5, replace_when=when)
+    method(student, batch(unlabelled=False, fresh=True))
+    seen = batch(labelled=False)
+    assert method(student, seen)["label_change"].value == 0.0
+    with torch.no_grad():
+        student.out.bias[0] += 100  # the student says nothing any more
+    assert method(student, seen)["label_change"].value == 1.0
+    assert [method.chance(turn) for turn in (0, 1)] == ([0, 0.5] if when == "changed" else [0.5, 0])
+    assert all(method.cache.get(i) for i in seen.unlabelled.utt_id)  # the labels that stay are old
+    again = ready(capacity=3, replace=0.5, replace_when=when)[1]
+    again.load_state_dict(method.state_dict())
+    assert again.chance(1) == method.chance(1)
+
+
+def test_whether_labels_change_is_not_asked_where_they_leave_at_random():
+    student, method = ready(capacity=3)
+    method(student, batch(unlabelled=False, fresh=True))
+    student.views.clear()
+    assert "label_change" not in method(student, batch(labelled=False))
+    assert student.views == [True]  # the training pass alone
 
 
 def test_without_a_cache_labels_are_made_on_the_spot():
@@ -111,7 +158,15 @@ def test_the_plan_is_the_configured_one():
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(teacher="self"), dict(replace=2.0), dict(dropout=1.0), dict(max_labels=0)]
+    "bad",
+    [
+        dict(replace_when="never"),
+        dict(replace_when="changed", capacity=0),
+        dict(teacher="self"),
+        dict(replace=2.0),
+        dict(dropout=1.0),
+        dict(max_labels=0),
+    ],
 )
 def test_impossible_settings_are_refused_by_name(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -53,6 +53,20 @@ def test_records_come_back_with_their_shapes_and_types():
     assert cache.record("a") == {}
 
 
+def test_what_was_known_is_forgotten_and_the_label_is_not():
+    cache, restored = PseudoLabelCache(), PseudoLabelCache()
+    for number, utt_id in enumerate("abc"):
+        cache.put(utt_id, [number], 7, {"x": torch.full((2,), number)})
+    cache.forget(["a", "never seen"])
+    cache.put("b", [1], 8, {"x": torch.full((3,), 11)})  # not where it was before
+    restored.load_state_dict(cache.state_dict())
+    for made in (cache, restored):
+        assert made.get("a") == [0] and made.record("a") == {}
+        assert made.record("b")["x"].tolist() == [11] * 3
+        assert made.record("c")["x"].tolist() == [2] * 2
+    assert cache.state_dict()["_extra_state"]["record x"].numel() == 5
+
+
 def test_a_new_label_replaces_the_old_one():
     cache = PseudoLabelCache()
     cache.put("a", [1, 2], 3)

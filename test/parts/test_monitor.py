@@ -11,6 +11,7 @@ WELL = {
     "student_token_entropy": 0.45,
     "student_length_ratio": 1.1,
     "student_loops": 0.02,
+    "label_churn": 0.2,
 }
 
 
@@ -41,7 +42,7 @@ def test_what_is_usual_raises_no_alarm_however_it_varies():
     [
         ("student_blank_share", 1.0), ("student_blank_share", 0.0), ("student_frame_entropy", 0.8),
         ("student_token_entropy", 0.1), ("student_length_ratio", 0.4),
-        ("student_length_ratio", 1.9), ("student_loops", 0.4),
+        ("student_length_ratio", 1.9), ("student_loops", 0.4), ("label_churn", 1.5),
     ],
 )  # fmt: skip
 def test_each_quantity_alone_raises_an_alarm_and_says_why(name, value):
@@ -56,7 +57,7 @@ def test_each_quantity_alone_raises_an_alarm_and_says_why(name, value):
     assert not monitor.healthy
 
 
-@pytest.mark.parametrize("name", ["student_frame_entropy", "student_loops"])
+@pytest.mark.parametrize("name", ["student_frame_entropy", "student_loops", "label_churn"])
 def test_less_of_what_may_grow_is_no_harm(name):
     monitor = Monitor()
     watch(monitor, 60)
@@ -85,6 +86,18 @@ def test_a_quantity_that_is_not_there_is_as_usual():
     monitor = Monitor()
     assert watch(monitor, 300, student_length_ratio=None) == {}
     assert monitor.healthy
+
+
+def test_what_is_seldom_told_is_learnt_and_judged_by_what_was_told():
+    monitor = Monitor()
+    seldom = {"label_churn": None}
+    for churn in [0.2] * 60 + [0.3] * 20:
+        assert watch(monitor, 1, label_churn=churn) == watch(monitor, 9, **seldom) == {}
+    told = []
+    for number in range(80):
+        told += [number] * len(watch(monitor, 1, label_churn=1.5))
+        assert watch(monitor, 9, **seldom) == {}  # nothing new is no more of it
+    assert len(told) == 1 and 25 <= told[0] < 60
 
 
 def test_a_checkpoint_knows_what_is_usual():

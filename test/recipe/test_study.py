@@ -98,6 +98,18 @@ def test_a_changed_cell_is_not_taken_for_the_old_one(capsys):
     assert "train soft.hard-1 seed 1" in started and "record soft.hard-1 seed 1" in started
 
 
+def test_alarms_of_the_monitor_are_kept():
+    assert call("--study", "soft", "--method", "hard-1")[0] == 0
+    (path,) = Path("../../../docs/studies/data/soft").glob("*")
+    assert json.loads(path.read_text())["alarms"] == []
+    folder = Path("exp/soft.hard-1")
+    with (folder / "train.log").open("a") as log:
+        log.write("WARNING: collapse at update 112: loops\nWARNING: collapse at update 90: x\n")
+    assert record.record(folder, folder.parent / "studies/soft/hard-1.yaml", ["dev"], 1)[
+        "alarms"
+    ] == [112, 90]
+
+
 def test_curves_count_updates_over_epochs():
     found = record.curves(LOG)
     assert found["train"]["blank_share"] == [[50, 0.9], [100, 0.95], [150, 1.0]]

@@ -54,6 +54,14 @@ def test_ctc(bench):
     assert all(row["mean"] < soft["torch, dense"]["mean"] + 1e-4 for row in soft.values())
 
 
+def test_steps(bench):
+    printed, result = bench("steps")
+    assert result["rows"]["supervised"]["ratio"] == 1.0 and len(result["rows"]) == 13
+    for name, row in result["rows"].items():
+        assert row["seconds"] > 0 and f"| {name} |" in printed
+    assert result["rows"]["hard, live"]["ratio"] > 1.0
+
+
 def test_proposals(bench):
     printed, result = bench("proposals")
     for title, rows in result["cases"].items():

@@ -32,6 +32,7 @@ def record(cell, seed, wrong, speakers=None):
     return {
         "corpus": "toy", "cell": cell, "seed": seed, "errors": {"dev": errors},
         "speakers": {"dev": speakers}, "updates": 200, "wall_s": 60.0,
+        "alarms": [120, 180] if wrong > 15 else [],
         "curves": {
             "train": {
                 "student_blank_share": [[50, 0.5], [100, 0.6], [150, 0.8], [200, 1.0]],
@@ -59,9 +60,10 @@ def test_a_page_is_filled_and_left_alone_elsewhere(folder):
     text = (folder / "soft.md").read_text()
     assert text.startswith("# Soft\n\nWritten by hand.\n<!-- table") and "old" not in text
     assert text.endswith("<!-- end -->\nMore by hand.\n")
-    assert "|hard|**6.0** (4.0, 6.0, 8.0)||0.900|0.250|–|200|60|" in text
+    assert "|hard|**6.0** (4.0, 6.0, 8.0)||0.900|0.250|–|–, –, –|200|60|" in text
     line = next(line for line in text.splitlines() if line.startswith("|soft|"))
     assert "|**16.0** (14.0, 16.0, 18.0)|+10.0 [" in line and line.count("worse") == 1
+    assert "|–, 120, 120|" in line
     assert "](soft_1.png)" in text
     assert (folder / "soft_1.png").read_bytes()[:4] == b"\x89PNG"
     page.fill("soft", folder)
@@ -70,7 +72,7 @@ def test_a_page_is_filled_and_left_alone_elsewhere(folder):
 
 def test_intervals_are_those_of_the_tables_of_results(folder):
     cells = page.read("soft", folder)["toy"]
-    mean, low, high, seeds = page.interval(cells["soft"], cells["hard"])
+    mean, low, high, seeds = page.interval(cells["soft"], cells["hard"], ["dev"])
     columns = [
         [row[1] for row in cells[cell][seed]["errors"]["dev"].values()]
         for cell in ("soft", "hard")
@@ -85,9 +87,23 @@ def test_intervals_are_those_of_the_tables_of_results(folder):
     for speakers in (None, [0] * 4 + [*range(1, 17)]):
         for cell, wrong in (("hard", 0), ("soft", 4)):
             cells[cell] = {1: record(cell, 1, wrong, speakers)}
-        highest.append(page.interval(cells["soft"], cells["hard"])[2])
+        highest.append(page.interval(cells["soft"], cells["hard"], ["dev"])[2])
     assert highest[1] > highest[0]
-    assert page.interval({1: {}}, {2: {}}) is None
+    assert page.interval({1: {}}, {2: {}}, ["dev"]) is None
+
+
+def test_other_speech_than_the_first_set_has_a_table_of_its_own(folder):
+    for path in (folder / "data/soft").glob("*.json"):
+        kept = json.loads(path.read_text())
+        for name, wrong in (("a", 1), ("b", 2)):
+            kept["errors"][name] = {"u": [4 - wrong, wrong, 0, 0]}
+            kept["speakers"][name] = None
+        path.write_text(json.dumps(kept))
+    (folder / "soft.md").write_text(TEXT.replace("against hard:", "against hard on a,b:"))
+    page.fill("soft", folder)
+    text = (folder / "soft.md").read_text()
+    assert "a+b WER %" in text and "|hard|**37.5** (37.5, 37.5, 37.5)||" in text
+    assert "(37.5, 37.5, 37.5)|+0.0 [+0.0, +0.0]" in text
 
 
 def test_a_pattern_that_nothing_fits_is_told(folder):

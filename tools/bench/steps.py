@@ -1,0 +1,157 @@
+"""What an update costs on labels from the cache, or made on the spot, beside a supervised one.
+
+    PYTHONPATH=. python tools/bench/steps.py [--recipe egs/mini_alnum/pl1] [--json FILE]
+
+The trained seed of a recipe (the README's first command makes the default's) and as much of its
+unlabelled speech as its configuration has in a batch.  An update is forward pass, backward pass,
+clipping and optimiser on that same speech: 'supervised' has the model's own words as transcripts,
+the others learn theirs by slimipl.  From a cache (p = 0.1) one batch in ten updates is labelled.
+
+Variants take turns, ten updates at a time, one thread: processor time per update, the least of
+--repeat turns.  Neither reading speech nor ESPnet's trainer is in it: both are the same for all.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import soundfile
+import torch
+import yaml
+from common import ROOT, machine, parser, timed
+
+from espnet_pl.bridge.model import PLModel
+from espnet_pl.bridge.recogniser import Recogniser
+from espnet_pl.bridge.task import PLTask
+from espnet_pl.methods.base import Batch, Utterances, build
+from espnet_pl.parts.decoding import pad
+from espnet_pl.parts.pseudo_labels import propose
+
+PERIOD = 10  # updates, in which p = 0.1 replaces one batch
+CACHE, LIVE = {"capacity": 100}, {"capacity": 0}
+EMA = {"capacity": 0, "teacher": "ema"}
+SOFT, LATTICE = {"hard": 0.0, "soft": 1.0}, {"hard": 0.0, "lattice": 1.0}
+SEQUENCES = {"hard": 0.0, "sequences": 1.0}  # eight of them
+VARIANTS = {
+    "supervised": None,
+    "hard, cache": CACHE,
+    "hard, live": LIVE,
+    "hard, moving average": EMA,
+    "hard, cache by changes": CACHE | {"replace_when": "changed"},
+    "sampled, moving average": EMA | {"label": "sampled"},
+    "soft, cache": CACHE | SOFT,
+    "soft, live": LIVE | SOFT,
+    "soft, moving average": EMA | SOFT,
+    "hypotheses, cache": CACHE | SEQUENCES,
+    "hypotheses, live": LIVE | SEQUENCES,
+    "occupancies, cache": CACHE | LATTICE,
+    "occupancies, live": LIVE | LATTICE,
+}
+
+
+class Learner:
+    """A model of its own that is trained one way, always on the same speech."""
+
+    def __init__(self, net: torch.nn.Module, conf: dict | None, x: Utterances, other: Utterances):
+        student = Recogniser(net)
+        method = build("slimipl" if conf else "supervised", conf or {}, student)
+        self.model = PLModel(student, method).train()
+        self.optimiser = torch.optim.Adam(student.parameters(), lr=1e-5)
+        labels = [y or [1] for y in propose(student, x).labels]
+        text, lengths = pad(labels)
+        first = replace(x, text=text, text_lengths=lengths)
+        batch = Batch(unlabelled=x) if conf else Batch(labelled=first)
+        self.labels = sum(map(len, labels))
+        self.batches = [batch] * PERIOD
+        if conf and conf["capacity"]:
+            self.batches[0] = replace(batch, fresh=other)
+            method(student, Batch(fresh=x))
+
+    def turn(self) -> None:
+        """As many updates as make a period."""
+        for batch in self.batches:
+            self.optimiser.zero_grad()
+            terms = self.model.method(self.model.student, batch)
+            sum(t.weight * t.value for t in terms.values() if t.weight).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.student.parameters(), 5.0)
+            self.optimiser.step()
+            self.model.method.after_step(self.model.student)
+
+
+def trained(recipe: Path) -> tuple[torch.nn.Module, int]:
+    """The seed of a recipe, and the samples of a batch."""
+    folder = recipe / "exp/supervised/model"
+    net, args = PLTask.stock.build_model_from_file(folder / "config.yaml", folder / "model.pth")
+    return net, args.batch_bins
+
+
+def random(recipe: Path) -> tuple[torch.nn.Module, int]:
+    """The same without training, and a small batch."""
+    conf = yaml.safe_load((recipe / "conf/asr.yaml").read_text(encoding="utf-8"))
+    argv = ["--token_list", "<blank>", "--config", str(recipe / "conf/asr.yaml")]
+    args = PLTask.stock.get_parser().parse_args(argv)
+    args.token_list = ["<blank>", "<unk>", *"ABC", "<sos/eos>"]
+    assert conf["batch_bins"] == args.batch_bins
+    return PLTask.stock.build_model(args), 20000
+
+
+def speech(recipe: Path, samples: int) -> tuple[Utterances, Utterances]:
+    """The first unlabelled utterances that make a batch, and the next that do."""
+    made, own = [], []
+    for line in (recipe / "data/train_unlabelled/wav.scp").read_text().splitlines():
+        utt_id, path = line.split(maxsplit=1)
+        read = torch.from_numpy(soundfile.read(recipe / path, dtype="float32")[0])
+        if own and (len(own) + 1) * max(len(read), *(len(y) for _, y in own)) > samples:
+            made.append(_padded(own))
+            own = []
+        own.append((utt_id, read))
+        if len(made) == 2:
+            return made[0], made[1]
+    raise SystemExit(f"{recipe}: there is not enough unlabelled speech for two batches")
+
+
+def noise(samples: int) -> tuple[Utterances, Utterances]:
+    """Two batches of what is no speech."""
+    several = torch.randn(4, samples // 2).split(2)
+    return tuple(_padded([(f"{i}{j}", y) for j, y in enumerate(x)]) for i, x in enumerate(several))
+
+
+def _padded(own: list[tuple[str, torch.Tensor]]) -> Utterances:
+    ids, several = zip(*own)
+    lengths = torch.tensor([len(y) for y in several])
+    return Utterances(list(ids), torch.nn.utils.rnn.pad_sequence(several, True), lengths)
+
+
+def main() -> None:
+    """Measure, print, and write what was measured."""
+    options = parser(__doc__, 7, "turns")
+    options.add_argument("--recipe", type=Path, default=ROOT / "egs/mini_alnum/pl1")
+    options.add_argument("--small", action="store_true", help="to see that it runs")
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net, samples = (random if args.small else trained)(args.recipe)
+    x, other = noise(samples) if args.small else speech(args.recipe, samples)
+    learners = {}
+    for name, conf in VARIANTS.items():
+        copy = (random if args.small else trained)(args.recipe)[0]
+        copy.load_state_dict(net.state_dict())
+        learners[name] = Learner(copy, conf, x, other)
+        learners[name].turn()  # chooses kernels
+    seconds = dict.fromkeys(VARIANTS, float("inf"))
+    for _ in range(1 if args.small else args.repeat):
+        for name, learner in learners.items():
+            seconds[name] = min(seconds[name], timed(1, learner.turn)[0] / PERIOD)
+    labels = learners["supervised"].labels
+    print(f"{len(x)} utterances, {int(x.speech_lengths.sum())} samples, {labels} labels\n")
+    print("| | CPU s | of supervised |\n|-|-:|-:|")
+    rows = {name: {"seconds": s, "ratio": s / seconds["supervised"]} for name, s in seconds.items()}
+    for name, row in rows.items():
+        print(f"| {name} | {row['seconds']:.4f} | {row['ratio']:.2f} |")
+    if args.json:
+        size = {"utterances": len(x), "samples": int(x.speech_lengths.sum()), "labels": labels}
+        args.json.write_text(json.dumps({"machine": machine(), **size, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
