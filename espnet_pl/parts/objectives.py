@@ -24,7 +24,8 @@ frames arXiv:2211.06007 (abstract) and, as a mean over frames times 20, the code
 slimIPL recipe.  What regularises them is not listed there: blend (hard and soft together),
 sharpening, several sequences, entropies, blanks and confidence are what was conceivable.
 Hypotheses weighted by their posterior, occupancies as targets of frames, and the ranking are ours:
-soft labels that are consistent as sequences.
+soft labels that are consistent as sequences.  Where several views or teachers are asked, w is the
+mean of their opinions (parts/pseudo_labels.mixed), and ŷ their consensus.
 """
 
 from collections.abc import Mapping, Sequence

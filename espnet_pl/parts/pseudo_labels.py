@@ -9,7 +9,7 @@ from torch import nn
 
 from espnet_pl.losses.diagnostics import FrameStatistics, frame_statistics
 from espnet_pl.parts.cache import PseudoLabelCache, Record
-from espnet_pl.parts.decoding import consensus, greedy
+from espnet_pl.parts.decoding import consensus, greedy, pad
 from espnet_pl.parts.objectives import Objectives, label, record
 from espnet_pl.parts.teacher import weak_view
 
@@ -41,18 +41,45 @@ def agree(views: Sequence[Labels], others: Sequence[list[list[int]]] = ()) -> La
 
     Args:
         views: a teacher's labels in each view; the statistics are their mean, the records those of
-            the first.
+            the first; what they say of hypotheses is ``mixed``, unless occupancies go with them.
         others: labels of the same utterances by other teachers.
     """
     if len(views) == 1 and not others:
         return views[0]
-    several = zip(*(view.labels for view in views), *others)
+    several = [*zip(*(view.labels for view in views), *others)]
     statistics = zip(*(view.statistics for view in views))
+    records = views[0].records
+    if records and "log_w" in records[0] and "lattice_tokens" not in records[0]:
+        of_views = zip(*(view.records for view in views))
+        said = zip(*others) if others else [()] * len(records)
+        records = [own | mixed(of, by) for own, of, by in zip(records, of_views, said)]
     return Labels(
         [consensus(labels) for labels in several],
         FrameStatistics(*(torch.stack(values).mean() for values in statistics)),
-        views[0].records,
+        records,
     )
+
+
+def mixed(views: Sequence[Record], others: Sequence[list[int]] = ()) -> Record:
+    r"""The mean of several opinions about the hypotheses of one utterance,
+
+        w(y) = (1/M) Σ_m w_m(y),  w_m(y) = 0 if m did not think of y,
+
+    where a label without an opinion is the whole opinion of whoever said it.  Opinions that are
+    empty do not count.
+    """
+    opinions = []
+    for view in views:
+        rows = zip(view["labels"].tolist(), view["lengths"].tolist(), view["log_w"].exp().tolist())
+        opinions.append({tuple(y[:length]): w for y, length, w in rows})
+    opinions = [of for of in [*opinions, *({tuple(y): 1.0} for y in others if y)] if of]
+    w: dict[tuple[int, ...], float] = {}
+    for opinion in opinions:
+        for y, own in opinion.items():
+            w[y] = w.get(y, 0.0) + own / len(opinions)
+    best = sorted(w, key=w.get, reverse=True)
+    text, lengths = pad([list(y) for y in best])
+    return {"labels": text, "lengths": lengths, "log_w": torch.tensor([w[y] for y in best]).log()}
 
 
 def label_statistics(

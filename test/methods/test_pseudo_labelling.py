@@ -9,7 +9,7 @@ from espnet_pl.data.views import at_speed
 from espnet_pl.methods.base import Batch, ConfigError, Utterances, build, config_of
 from espnet_pl.methods.pseudo_labelling import Collapse
 from espnet_pl.parts.decoding import consensus
-from espnet_pl.parts.pseudo_labels import agree, propose
+from espnet_pl.parts.pseudo_labels import agree, mixed, propose
 from test.toys import VOCABULARY, ToyStudent, batch, speaking_student, utterances
 
 METHODS = ("slimipl", "mpl", "iterative")
@@ -54,6 +54,26 @@ def test_the_label_is_the_consensus_of_the_weak_views(name):
     assert views[0] != views[1] or views[0] != views[2]
     for i, utt_id in enumerate(x.utt_id):
         assert method.cache.get(utt_id) == consensus([view[i] for view in views])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_thought_of_hypotheses_is_the_mean_over_views_and_teachers(name):
+    student, x = listener(), waveforms()
+    conf = {"unlabelled": 1, "weak_speeds": SPEEDS, "hard": 0.0, "sequences": 1.0, "beam": 3}
+    method = build(name, conf, student, {"teachers": [speaker(1)]})
+    method.start(student)
+    method.label(student, x)
+    weak = [at_speed(x, speed) for speed in SPEEDS]
+    views = [propose(student, view, method.config).records for view in weak]
+    others = [propose(speaker(1), view).labels for view in weak]
+    for i, utt_id in enumerate(x.utt_id):
+        expected = mixed([view[i] for view in views], [said[i] for said in others])
+        found = method.cache.record(utt_id)
+        assert found["labels"].tolist() == expected["labels"].tolist()
+        torch.testing.assert_close(found["log_w"], expected["log_w"])
+        assert found["log_w"].exp().sum() == pytest.approx(1.0)
+    terms = method.unlabelled(student, x)
+    assert terms["pseudo_sequences"].value > 0
 
 
 @pytest.mark.parametrize("name", METHODS)

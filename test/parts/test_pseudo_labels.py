@@ -1,13 +1,15 @@
 """parts/pseudo_labels: what is trained on, what is dropped, and how it is counted."""
 
 import pytest
+import torch
 
 from espnet_pl.parts.cache import PseudoLabelCache
-from espnet_pl.parts.decoding import greedy
+from espnet_pl.parts.decoding import greedy, pad
 from espnet_pl.parts.pseudo_labels import (
     label_error_rate,
     label_statistics,
     loops,
+    mixed,
     propose,
     student_statistics,
 )
@@ -33,6 +35,31 @@ def test_error_rate_by_hand():
     assert label_error_rate([[1, 2, 3], [4]], [[1, 3], [4, 4]]) == 2 / 4
     assert label_error_rate([[1]], [[]]) == 1
     assert label_error_rate([], []) == 0
+
+
+def opinion(**w):
+    """The record of hypotheses that are written as digits."""
+    labels, lengths = pad([[int(token) for token in y[1:]] for y in w])
+    return {"labels": labels, "lengths": lengths, "log_w": torch.tensor([*w.values()]).log()}
+
+
+def test_several_opinions_are_averaged():
+    views = [opinion(y12=0.75, y1=0.25), opinion(y12=0.5, y3=0.5)]
+    found = mixed(views, [[3], [4, 4, 4]])
+    rows = zip(found["labels"].tolist(), found["lengths"].tolist(), found["log_w"].exp().tolist())
+    w = {tuple(y[:n]): w for y, n, w in rows}
+    expected = {(1, 2): 1.25 / 4, (3,): 1.5 / 4, (1,): 0.25 / 4, (4, 4, 4): 1 / 4}
+    assert w == pytest.approx(expected)
+    assert [*found["log_w"]] == sorted(found["log_w"], reverse=True)
+
+
+def test_who_has_no_opinion_does_not_count():
+    one = opinion(y12=0.75, y1=0.25)
+    for found in (mixed([one]), mixed([one, opinion()], [[]]), mixed([one, one])):
+        torch.testing.assert_close(found["log_w"].exp(), torch.tensor([0.75, 0.25]))
+        assert found["labels"].tolist() == [[1, 2], [1, -1]]
+    nothing = mixed([opinion()], [[], []])
+    assert nothing["labels"].shape == (0, 0) and not len(nothing["log_w"])
 
 
 def test_loops_are_what_is_said_again():
