@@ -1,6 +1,7 @@
 """The flags of ``run.sh``: ESPnet's, in both spellings; a mistake is refused before work."""
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -25,7 +26,8 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str]) -> int:
     """Runs the stages; 0 if all went well, 2 for a mistake of the user, 130 when stopped."""
     try:
-        return _main(argv)
+        with contextlib.ExitStack() as afterwards:
+            return _main(argv, afterwards)
     except (RecipeError, launch.LaunchError) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         return 141
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     began = time.monotonic()
     args = _parse(argv)
     recipe = config.load_recipe()
@@ -48,6 +50,8 @@ def _main(argv: Sequence[str]) -> int:
     runs = config.load_runs(recipe, args.asr_config)
     numbers = _numbers(args)
     if args.study:
+        if args.dry_run:  # the files of its cells are needed to look at them, and no longer
+            afterwards.enter_context(study.removed(args.expdir))
         of_study = study.load(args.study, recipe, runs, args.asr_config, args.expdir)
         pairs = study.chosen(of_study, args.method, _seeds(args.seed) if args.seed else None)
         runs, numbers = of_study.runs, [number for number in numbers if number <= 4]

@@ -18,6 +18,7 @@ intervals), what was logged every so many updates, settings, time, commit.
 Usage: ``./run.sh --study <study> [--method 'soft*,hard*'] [--seed 1]``
 """
 
+import contextlib
 import fnmatch
 import itertools
 import json
@@ -85,6 +86,19 @@ def load(
     return Study(name, every, seeds, tuple(sets))
 
 
+@contextlib.contextmanager
+def removed(expdir: Path) -> Iterator[None]:
+    """Takes the configurations of cells away that were written meanwhile."""
+    before = {expdir, *expdir.rglob("*")} if expdir.exists() else set()
+    try:
+        yield
+    finally:
+        folder = expdir / "studies"
+        for path in [*sorted(folder.rglob("*"), reverse=True), folder, expdir]:
+            if path.exists() and path not in before:
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
 def cells(content: Mapping[str, Any], where: str) -> dict[str, dict]:
     """The settings of each cell: what is common, the grid's, its own.
 
@@ -104,7 +118,8 @@ def cells(content: Mapping[str, Any], where: str) -> dict[str, dict]:
         like = own.pop("like", None)
         if like is not None and like not in found:
             raise RecipeError(f"{where}, {cell}: like: {config.did_you_mean(like, found)}")
-        found[str(cell)] = merge(found[like] if like is not None else common, own)
+        base = found[like] if like is not None else common
+        found[str(cell)] = merge({k: v for k, v in base.items() if k != "seeds"}, own)
     for cell in found:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", cell):
             raise RecipeError(f"{where}: a cell is named by letters, digits, _ and -, not {cell!r}")

@@ -17,6 +17,7 @@ grid:
     ratio: {1: {method_conf: {unlabelled: 1}}, 10: {method_conf: {unlabelled: 10}}}
 cells:
     soft-10-ema: {like: soft-10, method_conf: {teacher: ema}, seeds: [1, 2]}
+    again: {like: soft-10-ema}
     alone: {method: supervised, recipe: {init: continued}}
 """
 LOG = """
@@ -40,10 +41,12 @@ def records():
 
 def test_cells_are_all_combinations_and_those_named():
     found = study.cells(study.config.mapping(Path("conf/studies/soft.yaml")), "x")
-    assert [*found] == ["hard-1", "hard-10", "soft-1", "soft-10", "soft-10-ema", "alone"]
+    assert [*found] == ["hard-1", "hard-10", "soft-1", "soft-10", "soft-10-ema", "again", "alone"]
     conf = {"capacity": 0, "soft": 1.0, "unlabelled": 10}
     assert found["soft-10"]["method_conf"] == conf
     assert found["soft-10-ema"]["method_conf"] == {**conf, "teacher": "ema"}
+    # Whoever is like another has its settings, and not its seeds.
+    assert found["again"] == {k: v for k, v in found["soft-10-ema"].items() if k != "seeds"}
     assert found["hard-1"]["method_conf"] == {"capacity": 0, "unlabelled": 1}
     assert found["alone"]["recipe"] == {"init": "continued"}
 
@@ -57,8 +60,8 @@ def test_a_study_runs_its_cells_and_keeps_a_record_of_each():
     assert [name.split()[0] for name in first] == ["train", "export", "infer", "join", "record"]
     assert started.index("record soft.hard-1 seed 1") < started.index("train soft.hard-10 seed 1")
     assert records() == [
-        "toy.alone.1.json", "toy.hard-1.1.json", "toy.hard-10.1.json", "toy.soft-1.1.json",
-        "toy.soft-10-ema.1.json", "toy.soft-10-ema.2.json", "toy.soft-10.1.json",
+        "toy.again.1.json", "toy.alone.1.json", "toy.hard-1.1.json", "toy.hard-10.1.json",
+        "toy.soft-1.1.json", "toy.soft-10-ema.1.json", "toy.soft-10-ema.2.json", "toy.soft-10.1.json",
     ]  # fmt: skip
     path = Path("../../../docs/studies/data/soft/toy.soft-10-ema.2.json")
     kept = json.loads(path.read_text())
@@ -78,6 +81,18 @@ def test_a_study_leaves_the_other_runs_alone():
     assert "train supervised seed 1" not in started and "create_dataset" not in started
     assert "validate" not in started
     assert call() == (0, [])
+
+
+@pytest.mark.parametrize("before", [(), ("--method", "hard-1")])
+def test_dry_run_touches_nothing(before, capsys):
+    if before:
+        assert call("--study", "soft", *before)[0] == 0
+        Path("exp/studies/soft/soft-1.yaml").unlink()
+    there = set(Path(".").rglob("*"))
+    assert call("--study", "soft", "--dry_run") == (0, [])
+    assert set(Path(".").rglob("*")) == there
+    out = capsys.readouterr().out
+    assert "exp/studies/soft/soft-1.yaml" in out and "espnet_pl.recipe.record" in out
 
 
 def test_cells_and_seeds_can_be_chosen():
