@@ -61,7 +61,8 @@ def test_a_study_runs_its_cells_and_keeps_a_record_of_each():
     assert started.index("record soft.hard-1 seed 1") < started.index("train soft.hard-10 seed 1")
     assert records() == [
         "toy.again.1.json", "toy.alone.1.json", "toy.hard-1.1.json", "toy.hard-10.1.json",
-        "toy.soft-1.1.json", "toy.soft-10-ema.1.json", "toy.soft-10-ema.2.json", "toy.soft-10.1.json",
+        "toy.soft-1.1.json", "toy.soft-10-ema.1.json", "toy.soft-10-ema.2.json",
+        "toy.soft-10.1.json",
     ]  # fmt: skip
     path = Path("../../../docs/studies/data/soft/toy.soft-10-ema.2.json")
     kept = json.loads(path.read_text())
