@@ -21,6 +21,8 @@ import yaml
 BIG = 64 * 2**20  # hashing more than this would make an idle run slow
 # Where and how many at a time: the result is the same, so a change does not make it old.
 VOLATILE = ("--ngpu", "--nj")
+# Made by runs, after their commit.
+RESULTS = (":(top,exclude)*RESULTS.md", ":(top,exclude)docs/studies/data")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -160,7 +162,7 @@ def commit() -> str:
         ours = git("ls-files", "--", __file__)
         head = git("rev-parse", "--short=12", "HEAD") if ours else ""
         # A result file is made after its commit, and differs from it by nature.
-        dirty = git("status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)*RESULTS.md")
+        dirty = git("status", "--porcelain", "-uno", "--", ":(top)", *RESULTS)
     except OSError:  # no git here
         head, dirty = "", ""
     return (head or "unknown") + (" + local changes" if dirty and head else "")

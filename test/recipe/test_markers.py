@@ -129,7 +129,8 @@ def test_killed_while_running_is_not_done(monkeypatch):
 
 def test_the_commit_is_of_this_code_and_says_what_is_not_in_it(monkeypatch):
     code, results = Path("repo/pkg/markers.py").resolve(), Path("repo/egs/RESULTS.md")
-    for path in (code, results):
+    of_a_study = Path("repo/docs/studies/data/soft/toy.hard.1.json")
+    for path in (code, results, of_a_study):
         path.parent.mkdir(parents=True)
         path.write_text("1")
     monkeypatch.setattr(markers, "__file__", str(code))
@@ -147,6 +148,7 @@ def test_the_commit_is_of_this_code_and_says_what_is_not_in_it(monkeypatch):
     git("commit", "-m", "the code")
     assert len(markers.commit()) == 12
     results.write_text("2")
+    of_a_study.write_text("2")
     assert len(markers.commit()) == 12  # results are made after their commit
     code.write_text("2")
     assert markers.commit().endswith(" + local changes")
