@@ -15,7 +15,13 @@ from espnet_pl.parts.cache import PseudoLabelCache
 from espnet_pl.parts.evolution import Evolution
 from espnet_pl.parts.monitor import Monitor
 from espnet_pl.parts.objectives import Objectives, objective
-from espnet_pl.parts.pseudo_labels import agree, label_statistics, propose, student_statistics
+from espnet_pl.parts.pseudo_labels import (
+    agree,
+    by_risk,
+    label_statistics,
+    propose,
+    student_statistics,
+)
 from espnet_pl.parts.ranks import gather
 from espnet_pl.parts.teacher import Teacher
 
@@ -153,7 +159,10 @@ class PseudoLabelling(base.Method):
         said = [propose(teacher, view, self.config) for view in views]
         made = agree(said, self._others(x, views))
         values = label_statistics(x, made, self.cache, self.resources.get("truth", {}))
-        entries = list(zip(x.utt_id, made.labels, made.records))
+        records = made.records
+        if self.config.by_hypotheses and self.config.risk:
+            records = [by_risk(record, self.config.risk) for record in records]
+        entries = list(zip(x.utt_id, made.labels, records))
         # One rank writes the checkpoint: it has to know what is in the cache of all.
         for several in gather(entries) if self.cached else [entries]:
             for utt_id, label, record in several:

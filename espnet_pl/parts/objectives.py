@@ -65,12 +65,15 @@ class Objectives:
     hypotheses: Literal["search", "sampled"] = "search"
     opinion: Literal["posterior", "shuffled"] = "posterior"  # w; shuffled among the hypotheses
     scale: float = 1.0  # κ; 0 weighs all hypotheses alike
+    # Per edit: of what sequences and ranking learn, w becomes ∝ exp(−risk · Σ_j w_j d(y_k, y_j)),
+    # which prefers what is like the others; large, the least Bayes risk.  0: w stays.
+    risk: float = 0.0
     blank_weight: float = 1.0  # 0 leaves frames out in which the teacher says nothing
     confidence: Literal["none", "weight", "shuffled"] = "none"  # shuffled among the utterances
     least_confidence: float = 0.0  # utterances below it are dropped
 
     def __post_init__(self) -> None:
-        for name in ("hard", "soft", "lattice", "sequences", "ranking", "temperature", "scale"):
+        for name in (*SUMMANDS, "temperature", "scale", "risk"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
         if not any(getattr(self, name) for name in SUMMANDS):

@@ -9,7 +9,7 @@ from espnet_pl.data.views import at_speed
 from espnet_pl.methods.base import Batch, ConfigError, Utterances, build, config_of
 from espnet_pl.methods.pseudo_labelling import Collapse
 from espnet_pl.parts.decoding import consensus
-from espnet_pl.parts.pseudo_labels import agree, mixed, propose
+from espnet_pl.parts.pseudo_labels import agree, by_risk, mixed, propose
 from test.toys import VOCABULARY, ToyStudent, batch, speaking_student, utterances
 
 METHODS = ("slimipl", "mpl", "iterative")
@@ -74,6 +74,21 @@ def test_what_is_thought_of_hypotheses_is_the_mean_over_views_and_teachers(name)
         assert found["log_w"].exp().sum() == pytest.approx(1.0)
     terms = method.unlabelled(student, x)
     assert terms["pseudo_sequences"].value > 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_hypotheses_may_be_weighed_by_their_risk(name):
+    student, x = listener(), waveforms()
+    conf = {"unlabelled": 1, "hard": 0.0, "sequences": 1.0, "beam": 5}
+    records = []
+    for risk in (0.0, 3.0):
+        method = build(name, {**conf, "risk": risk}, student)
+        method.start(student)
+        method.label(student, x)
+        records.append([method.cache.record(i) for i in x.utt_id])
+    for plain, risky in zip(*records):
+        torch.testing.assert_close(risky["log_w"], by_risk(plain, 3.0)["log_w"])
+    assert any(not torch.equal(a["log_w"], b["log_w"]) for a, b in zip(*records))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,6 +6,7 @@ import torch
 from espnet_pl.parts.cache import PseudoLabelCache
 from espnet_pl.parts.decoding import greedy, pad
 from espnet_pl.parts.pseudo_labels import (
+    by_risk,
     label_error_rate,
     label_statistics,
     loops,
@@ -60,6 +61,21 @@ def test_who_has_no_opinion_does_not_count():
         assert found["labels"].tolist() == [[1, 2], [1, -1]]
     nothing = mixed([opinion()], [[], []])
     assert nothing["labels"].shape == (0, 0) and not len(nothing["log_w"])
+
+
+def test_least_risk_is_what_all_are_like():
+    record = opinion(y12=0.3, y13=0.3, y14=0.4) | {"soft_log_p": torch.ones(3)}
+    more = opinion(y123=0.3, y13=0.3, y1=0.4)  # the likeliest is not the one in the middle
+    by_hand = torch.tensor([0.3 + 2 * 0.4, 0.3 + 0.4, 2 * 0.3 + 0.3])
+    found = by_risk(more, 2.0)
+    torch.testing.assert_close(found["log_w"], (-2.0 * by_hand).log_softmax(0))
+    assert by_risk(more, 50.0)["log_w"].exp()[1] > 0.99
+    alike = by_risk(record, 0.0)
+    torch.testing.assert_close(alike["log_w"].exp(), torch.full((3,), 1 / 3))
+    assert torch.equal(alike["soft_log_p"], record["soft_log_p"])
+    assert torch.equal(alike["labels"], record["labels"])
+    torch.testing.assert_close(by_risk(opinion(y1=1.0), 9.0)["log_w"], torch.zeros(1))
+    assert len(by_risk(opinion(), 1.0)["log_w"]) == 0
 
 
 def test_loops_are_what_is_said_again():
