@@ -40,17 +40,17 @@ class Utterances:
     def __len__(self) -> int:
         return len(self.utt_id)
 
-    def pieces(self, samples: int) -> Iterator["Utterances"]:
+    def pieces(self, samples: float) -> Iterator["Utterances"]:
         """The speech, in pieces of as many padded samples at most, or of a single utterance."""
-        begin, longest = 0, 0
-        lengths = [*self.speech_lengths.tolist(), float("inf")]
-        for i, length in enumerate(lengths):
-            longest = max(longest, length)
-            if i > begin and (i + 1 - begin) * longest > samples:
-                own = slice(begin, i)
-                speech = self.speech[own, : max(lengths[own])]
-                yield Utterances(self.utt_id[own], speech, self.speech_lengths[own])
-                begin, longest = i, length
+        lengths, begin = self.speech_lengths.tolist(), 0
+        for end in range(1, len(self) + 1):
+            with_next = lengths[begin : end + 1]
+            if end < len(self) and len(with_next) * max(with_next) <= samples:
+                continue
+            own = slice(begin, end)
+            speech = self.speech[own, : max(lengths[own])]
+            yield Utterances(self.utt_id[own], speech, self.speech_lengths[own])
+            begin = end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +142,7 @@ class Method(nn.Module):
             self.start(student)
         terms: dict[str, Term] = {}
         if batch.fresh is not None:  # first: this very update may train on them
-            # Those that fill the cache come at once, and are more than memory may hold.
-            beside = batch.labelled or batch.unlabelled
-            for piece in batch.fresh.pieces(beside.speech.shape[:2].numel() if beside else 0):
-                terms |= self.label(student, piece)
+            terms |= self.label(student, batch.fresh)
         if batch.labelled is not None:
             terms |= self.labelled(student, batch.labelled)
         if batch.unlabelled is not None:

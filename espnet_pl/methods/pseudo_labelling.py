@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,12 +11,14 @@ from torch import nn
 
 from espnet_pl.data.pairing import Pairing
 from espnet_pl.data.views import at_speed, draw
+from espnet_pl.losses.diagnostics import FrameStatistics
 from espnet_pl.methods import base
 from espnet_pl.parts.cache import PseudoLabelCache
 from espnet_pl.parts.evolution import Evolution
-from espnet_pl.parts.monitor import Monitor
+from espnet_pl.parts.monitor import LIMITS, Monitor
 from espnet_pl.parts.objectives import Objectives, objective
 from espnet_pl.parts.pseudo_labels import (
+    Labels,
     agree,
     by_risk,
     label_statistics,
@@ -94,6 +97,7 @@ class PseudoLabelling(base.Method):
         self.register_buffer("taken_at", torch.zeros(2, dtype=torch.long))  # of both copies
         # Labels made between these updates come from students that were put back.
         self.register_buffer("doubtful", torch.zeros(2, dtype=torch.long))
+        self.room = math.inf  # padded samples of what the present update trains on
         pairing = self.pairing(config)
         self.cached = pairing.capacity > 0
         self.evolution = None
@@ -109,8 +113,12 @@ class PseudoLabelling(base.Method):
         return Pairing(**{n: getattr(config, n) for n in names if hasattr(config, n)})
 
     def forward(self, student: nn.Module, batch: base.Batch) -> dict[str, base.Term]:
-        """As any method; what was known of utterances that leave the cache is forgotten."""
+        """As any method; the monitor looks on, and what has left the cache is forgotten."""
+        beside = batch.labelled or batch.unlabelled
+        self.room = beside.speech.shape[:2].numel() if beside else math.inf
         terms = super().forward(student, batch)
+        if batch.unlabelled is not None:
+            self._watch({name: float(terms[name].value) for name in LIMITS if name in terms})
         if batch.gone:
             for gone in gather(batch.gone):
                 self.cache.forget(gone)
@@ -137,37 +145,43 @@ class PseudoLabelling(base.Method):
         numbers["label_age"] = sum(ages) / len(ages)
         if self.evolution:
             how = Objectives(label=self.config.label, sampling=self.config.sampling)
-            weak = at_speed(x, self.config.weak_speeds[0])
-            now = propose(self.proposer(student), weak, how).labels
+            now = self._said(student, x, how).labels
             numbers["label_change"] = self.evolution.see(labels, now)
         if not self.cached:
             self.cache.forget(x.utt_id)
         said, of_samples = self.said_in.tolist()
         samples = int(strong.speech_lengths.sum())
         numbers |= student_statistics(heard, student.blank, samples, said / max(of_samples, 1.0))
-        churn = {k: float(terms[k].value) for k in ("label_churn",) if k in terms}
-        self._watch(numbers | churn)
         share = self.config.weight * 0.5 ** int(self.put_back)
         for name, (value, weight, count) in summands.items():
             terms[name] = base.Term(value, share * weight, count)
         return terms | base.diagnostics(numbers, len(x))
 
     def label(self, student: nn.Module, x: base.Utterances) -> dict[str, base.Term]:
-        """Label x now: the consensus of all teachers in all weak views, kept by utterance id."""
-        views = [at_speed(x, speed) for speed in self.config.weak_speeds]
-        teacher = self.proposer(student)
-        said = [propose(teacher, view, self.config) for view in views]
-        made = agree(said, self._others(x, views))
+        """Label x now, and keep it by utterance id."""
+        # What fills the cache comes at once, and may be more than memory holds.
+        pieces = [self._said(student, piece, self.config) for piece in x.pieces(self.room)]
+        made = Labels(
+            [label for piece in pieces for label in piece.labels],
+            FrameStatistics(*(torch.stack(v).mean() for v in zip(*(p.statistics for p in pieces)))),
+            [record for piece in pieces for record in piece.records],
+        )
         values = label_statistics(x, made, self.cache, self.resources.get("truth", {}))
-        records = made.records
-        if self.config.by_hypotheses and self.config.risk:
-            records = [by_risk(record, self.config.risk) for record in records]
-        entries = list(zip(x.utt_id, made.labels, records))
+        entries = list(zip(x.utt_id, made.labels, made.records))
         # One rank writes the checkpoint: it has to know what is in the cache of all.
         for several in gather(entries) if self.cached else [entries]:
             for utt_id, label, record in several:
                 self.cache.put(utt_id, label, int(self.step), record)
         return base.diagnostics(values, len(x))
+
+    def _said(self, student: nn.Module, x: base.Utterances, how: Objectives) -> Labels:
+        """The consensus of all teachers in all weak views."""
+        views = [at_speed(x, speed) for speed in self.config.weak_speeds]
+        teacher = self.proposer(student)
+        made = agree([propose(teacher, view, how) for view in views], self._others(x, views))
+        if how.by_hypotheses and how.risk:
+            made = made._replace(records=[by_risk(record, how.risk) for record in made.records])
+        return made
 
     def chance(self, turn: int) -> float:
         """By how much the labels had changed."""

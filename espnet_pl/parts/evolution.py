@@ -17,7 +17,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
-from espnet_pl.parts.ranks import total
+from espnet_pl.parts.ranks import gather
 
 
 class Evolution(nn.Module):
@@ -36,8 +36,8 @@ class Evolution(nn.Module):
     def see(self, old: Sequence[list[int]], new: Sequence[list[int]]) -> float:
         """ρ of one update, over all ranks."""
         edits = sum(Levenshtein.distance(a, b) for a, b in zip(old, new, strict=True))
-        both = total(torch.tensor([edits, sum(map(len, old))], dtype=torch.float64)).tolist()
-        self.changes.append(min(1.0, both[0] / max(both[1], 1.0)))
+        edits, tokens = map(sum, zip(*gather((edits, sum(map(len, old))))))
+        self.changes.append(min(1.0, edits / max(tokens, 1)))
         return self.changes[-1]
 
     def chance(self, turn: int) -> float:
