@@ -65,7 +65,7 @@ class PseudoLabelCache(nn.Module):
             raise KeyError(
                 f"no pseudo-label for utterance {utt_id!r} among the {len(self)} in the cache: "
                 "was the checkpoint written with other data, another seed or another "
-                "number of processes?  Start the run anew, or give it the data it had"
+                "number of processes or num_workers?  Start the run anew, or give it what it had"
             ) from None
 
     def made_at(self, utt_id: str) -> int:
