@@ -5,20 +5,24 @@ again and again.  What `parts/pseudo_labels.student_statistics` tells of each ba
 
     s_k ← s_k + (x_k − s_k) / 20,
 
-and compared with its mean over the first updates that told of it, when all was well.  An alarm is
-raised when a quantity has been outside of its limits for so many of them in a row:
+and compared with its mean over the first updates that told of it, when all was well.  A student
+that begins from nothing has not been well before it says something: until its length ratio is 0.5,
+nothing counts as usual.  An alarm is raised when a quantity has been outside of its limits for so
+many updates in a row:
 
     blank share      more than 0.06 above what was usual, or more than 0.12 below it
     frame entropy    more than 0.3 nats above it
     token entropy    less than half of it
     length ratio     less than 0.7 or more than 1.4 times as much
     loops            more than 0.15 above it
-    label churn      more than 0.6 edits per token of the label that is replaced, usual or not
+    label churn      more than 0.6 edits per token of the label that is replaced, and half of what
+                     was usual: labels that are drawn at random differ each time
 
 The limits were set after a look at single runs of four cells of fsdd (soft and hard labels, ten
-unlabelled updates to a labelled one and none labelled), and the lower one of the blank once more
-after it was raised in a run that was well: soft labels broaden what is said.  What they find since
-is in docs/studies/soft_pl.md.
+unlabelled updates to a labelled one and none labelled).  Three were widened after they had raised
+an alarm in runs that were well: the lower one of the blank, for soft labels broaden what is said;
+that of the churn, for drawn labels; and when learning begins, for runs without a seed.  What they
+find since is in docs/studies/soft_pl.md.
 Source: the quantities are those of arXiv:2211.06007 (abstract: 'a degenerate token distribution per
 frame') and of what else was seen to go wrong; the limits are ours.
 """
@@ -31,6 +35,7 @@ from torch import Tensor, nn
 from espnet_pl.parts.ranks import total
 
 SMOOTHING = 20  # unlabelled updates
+SPEAKS = 0.5  # length ratio from which on a student can be well
 # Of each quantity: more than a + b · usual, or less than c + d · usual, is outside.
 NEVER = float("inf")
 LIMITS = {
@@ -39,8 +44,9 @@ LIMITS = {
     "student_token_entropy": (NEVER, 0.0, 0.0, 0.5),
     "student_length_ratio": (0.0, 1.4, 0.0, 0.7),
     "student_loops": (0.15, 1.0, -NEVER, 0.0),
-    "label_churn": (0.6, 0.0, -NEVER, 0.0),
+    "label_churn": (0.6, 0.5, -NEVER, 0.0),
 }
+LENGTH_RATIO = [*LIMITS].index("student_length_ratio")
 
 
 class Monitor(nn.Module):
@@ -75,6 +81,9 @@ class Monitor(nn.Module):
         """
         x = self._of_all_ranks(values)
         known = ~x.isnan()
+        if x[LENGTH_RATIO] < SPEAKS:  # no, if it is not known
+            known &= self.seen >= self.learn
+            self.seen.masked_fill_(self.seen < self.learn, 0)  # what was said before was babble
         self.seen += known
         learning = self.seen <= self.learn
         self.usual += torch.where(known & learning, x - self.usual, 0.0) / self.seen.clamp(min=1)

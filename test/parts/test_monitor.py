@@ -88,6 +88,23 @@ def test_a_quantity_that_is_not_there_is_as_usual():
     assert monitor.healthy
 
 
+def test_a_student_that_says_nothing_yet_is_not_taken_for_usual():
+    monitor = Monitor()
+    nothing = {"student_length_ratio": 0.0, "student_blank_share": 1.0, "label_churn": 0.0}
+    babble = {"student_blank_share": 0.1, "student_loops": 0.5, "student_token_entropy": 3.0}
+    assert watch(monitor, 40, **babble) == watch(monitor, 500, **nothing) == {}
+    assert not monitor.healthy
+    assert watch(monitor, 500) == {}  # it has begun to speak
+    assert monitor.healthy
+    assert watch(monitor, 100, **nothing)  # and stops: it was well before
+
+
+def test_labels_that_are_drawn_at_random_change_each_time():
+    monitor = Monitor()
+    assert watch(monitor, 60, label_churn=0.8) == watch(monitor, 100, label_churn=0.9) == {}
+    assert len(watch(monitor, 100, label_churn=1.5)) == 1
+
+
 def test_what_is_seldom_told_is_learnt_and_judged_by_what_was_told():
     monitor = Monitor()
     seldom = {"label_churn": None}
