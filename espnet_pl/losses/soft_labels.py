@@ -193,8 +193,8 @@ class _Rows:
         log_q = _log_softmax(logits, self.temperature)
         tokens = self.tokens[part]
         rest = log_q.scatter(1, tokens, -torch.inf).logsumexp(1)
-        kept = _divergence(self.log_p[part], log_q.gather(1, tokens)).sum(1)
-        return log_q, rest, self.scale * (kept + _divergence(self.log_rest[part], rest))
+        kept = divergence(self.log_p[part], log_q.gather(1, tokens)).sum(1)
+        return log_q, rest, self.scale * (kept + divergence(self.log_rest[part], rest))
 
     def gradient(self, log_q, rest, grad, part: slice) -> Float[Tensor, "r v"]:
         """With respect to the logits, if ``grad`` is that of the loss."""
@@ -272,7 +272,9 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return (logits.to(_exact(logits.dtype)) / temperature).log_softmax(-1)
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+def divergence(
+    log_p: Float[Tensor, "*classes"], log_q: Float[Tensor, "*classes"]
+) -> Float[Tensor, "*classes"]:
     """p log(p/q), which is 0 where p is, even if q is 0 there too."""
     log_p = log_p.to(log_q.dtype)
     p = log_p.exp()

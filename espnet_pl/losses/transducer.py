@@ -92,6 +92,25 @@ def hypotheses(
     return _shared(labels, lengths, utterance, blank, context)
 
 
+@dataclass(frozen=True)
+class Lattices:
+    """What ``log_probability`` is computed of, in one object: for losses that see the nodes.
+
+    Args:
+        joint: the joint network; its weight and bias may have a gradient, as the two below may.
+        encoded: projected encoder output.
+        frames: valid frames of each utterance.
+        predicted: projected predictor output in each state of ``hyps``.
+        hyps: whose lattices these are.
+    """
+
+    joint: Joint
+    encoded: Float[Tensor, "n t j"]
+    frames: Int[Tensor, " n"]
+    predicted: Float[Tensor, "s j"]
+    hyps: Hypotheses
+
+
 def log_probability(
     joint: Joint,
     encoded: Float[Tensor, "n t j"],
