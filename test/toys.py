@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from espnet_pl.losses.ctc import feasible, log_probability
+from espnet_pl.losses.joint import Joint
+from espnet_pl.losses.transducer import Lattices, hypotheses
+from espnet_pl.losses.transducer import log_probability as log_probability_of_transducer
 from espnet_pl.methods.base import Batch, Utterances
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.search import flat, prefix_search, rank
@@ -46,6 +49,9 @@ class ToyHeard:
     def __init__(self, log_p, frames):
         self.log_p, self.frames = log_p, frames
 
+    def __len__(self):
+        return len(self.frames)
+
     def frame_log_probs(self):
         return self.log_p, self.frames
 
@@ -60,6 +66,59 @@ class ToyHeard:
         found = prefix_search(self.log_p, self.frames, beam)
         text, lengths, of = flat(found)
         return rank(found, log_probability(self.log_p, self.frames, text, lengths, of))
+
+
+class ToyTransducer(ToyStudent):
+    """The toy with a predictor that knows the last label, and a joint network; no frames to ask."""
+
+    answers = frozenset({"supervised", "score", "propose", "lattices"})
+
+    def __init__(self, size=8):
+        super().__init__()
+        self.encoder = nn.Linear(16, size)
+        self.predictor = nn.Embedding(VOCABULARY, size)
+        self.output = nn.Linear(size, VOCABULARY)
+
+    @property
+    def joint(self):
+        return Joint(self.output.weight, self.output.bias)
+
+    def supervised(self, x):
+        labels = [t[: int(n)].tolist() for t, n in zip(x.text, x.text_lengths)]
+        heard = self.hear(x)
+        loss = -(heard.score(labels) + ToyHeard.score(heard, labels)).mean()  # both layers
+        return loss, {"loss_both": loss}
+
+    def hear(self, x):
+        self.views.append(self.training)
+        hidden = torch.tanh(self.hidden(x.speech))
+        hidden = self.dropout(self.norm(hidden.transpose(1, 2)).transpose(1, 2))
+        log_p = self.out(hidden).log_softmax(dim=-1)
+        return ToyHeardByTransducer(self, self.encoder(hidden), log_p, x.speech_lengths)
+
+
+class ToyHeardByTransducer(ToyHeard):
+    def __init__(self, net, encoded, log_p, frames):
+        super().__init__(log_p, frames)
+        self.net, self.encoded = net, encoded
+
+    def score(self, labels, of=None):
+        rows = torch.arange(len(labels)) if of is None else torch.tensor(of, dtype=torch.long)
+        lattices = self.lattices(labels, rows)
+        parts = lattices.joint, lattices.encoded, lattices.frames, lattices.predicted
+        return log_probability_of_transducer(*parts, lattices.hyps, exact=True).float()
+
+    def lattices(self, labels, rows=None):
+        text, lengths = pad(labels)
+        hyps = hypotheses(text, lengths, rows)
+        prefixes = torch.cat([torch.zeros(len(text), 1, dtype=torch.long), text.clamp(min=0)], 1)
+        predicted = hyps.of_states(self.net.predictor(prefixes))
+        return Lattices(self.net.joint, self.encoded, self.frames, predicted, hyps)
+
+    def propose(self, beam):
+        found = prefix_search(self.log_p, self.frames, beam)
+        labels = [p.labels for own in found for p in own]
+        return rank(found, self.score(labels, flat(found)[2].tolist()))
 
 
 def utterances(n=3, seed=0, text=True, prefix="utt"):
@@ -86,10 +145,10 @@ def batch(labelled=True, unlabelled=True, fresh=False, seed=0):
     )
 
 
-def speaking_student(seed=0):
+def speaking_student(seed=0, kind=ToyStudent):
     """A student whose greedy labels are neither empty nor infeasible: trained for a moment."""
     torch.manual_seed(seed)
-    student = ToyStudent()
+    student = kind()
     optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
     for step in range(30):
         optimizer.zero_grad()

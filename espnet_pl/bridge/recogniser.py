@@ -60,6 +60,9 @@ class Encoded:
         self.frames = frames.clamp(max=encoded.shape[1])
         self.net, self.encoded, self.training = net, encoded, training
 
+    def __len__(self) -> int:
+        return len(self.frames)
+
     def frame_log_probs(self) -> tuple[Tensor, Tensor]:
         """Log-softmax of the CTC layer, (n, t, v), and the valid frames, (n,)."""
         return self._log_p, self.frames

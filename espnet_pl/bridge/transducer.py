@@ -10,7 +10,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from espnet2.asr_transducer.beam_search_transducer import Hypothesis
+from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer, Hypothesis
 from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
 from espnet2.asr_transducer.error_calculator import ErrorCalculator
 from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerModel
@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from espnet_pl.bridge.recogniser import Encoded, Recogniser
 from espnet_pl.losses.joint import Joint
-from espnet_pl.losses.transducer import Hypotheses, hypotheses, log_probability, self_test
+from espnet_pl.losses.transducer import (
+    Hypotheses,
+    Lattices,
+    hypotheses,
+    log_probability,
+    self_test,
+)
 from espnet_pl.methods.base import ConfigError, Utterances
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.search import Proposal, flat, prefix_search, rank
@@ -37,7 +43,12 @@ class TransducerRecogniser(Recogniser):
         self.net = lend_loss(net)
         self.blank = 0
         frames = ["frame_log_probs"] if net.use_auxiliary_ctc else []
-        self.answers = frozenset(["supervised", "score", "propose", *frames])
+        self.answers = frozenset(["supervised", "score", "propose", "lattices", *frames])
+
+    @property
+    def joint(self) -> Joint:
+        """The joint network, behind its projections."""
+        return self.net.joint
 
     def hear(self, x: Utterances) -> "EncodedForTransducer":
         """The speech, encoded once."""
@@ -53,16 +64,35 @@ class EncodedForTransducer(Encoded):
         rows = torch.arange(len(labels)) if of is None else torch.tensor(of, dtype=torch.long)
         return self._of_hypotheses(text, lengths, rows.to(self.encoded.device))
 
-    def propose(self, beam: int) -> list[list[Proposal]]:
-        """The best path, and the likeliest sequences of the CTC layer if there is one.
+    def lattices(self, labels: list[list[int]]) -> Lattices:
+        """The lattice of a label sequence of each utterance."""
+        return self.net.lattices(self.encoded, self.frames, *pad(labels, self.encoded.device))
 
-        Each has its full sum: no search through the transducer is as wide, or as fast.
+    def propose(self, beam: int) -> list[list[Proposal]]:
+        """The best path, and the likeliest sequences of the CTC layer.
+
+        Each has its full sum: no search through the transducer is as wide, or as fast.  Without
+        that layer it is searched all the same, one utterance after the other.
         """
         found = [[Proposal(y, 0.0)] for y in self.net.best_path(self.encoded, self.frames)]
-        if self.net.use_auxiliary_ctc and beam > 1:
-            for own, more in zip(found, prefix_search(self._log_p, self.frames, beam)):
-                own += [p for p in more if p.labels != own[0].labels][: beam - 1]
+        if beam > 1:
+            ctc = self.net.use_auxiliary_ctc
+            more = prefix_search(self._log_p, self.frames, beam) if ctc else self._search(beam)
+            for own, others in zip(found, more):
+                own += [p for p in others if p.labels != own[0].labels][: beam - 1]
         return rank(found, self._of_hypotheses(*flat(found, self.encoded.device)))
+
+    def _search(self, beam: int) -> list[list[Proposal]]:
+        """The stock search, synchronous in time, of all its kinds the fastest."""
+        net = self.net
+        beam = min(beam, len(net.token_list))
+        search = BeamSearchTransducer(
+            net.decoder, net.joint_network, beam, search_type="tsd", nbest=beam
+        )
+        with torch.no_grad():
+            several = [search(e[:t]) for e, t in zip(self.encoded, self.frames.tolist())]
+        different = [{tuple(h.yseq[1:]): h.score for h in reversed(own)} for own in several]
+        return [[Proposal(list(y), float(p)) for y, p in own.items()] for own in different]
 
     @functools.cached_property
     def _log_p(self) -> Tensor:
@@ -130,13 +160,29 @@ class _Transducer(ESPnetASRTransducerModel):
         self, encoded: Tensor, frames: Tensor, labels: Tensor, lengths: Tensor, utterance: Tensor
     ) -> Tensor:
         """log P of each hypothesis (k,), from the encoder's output (n, t, d)."""
-        labels = labels.clamp(min=0)  # whatever the padding, the predictor embeds it
         hyps = hypotheses(labels, lengths, utterance, context=self._context())
+        return self._full_sum(self._lattices(encoded, frames, labels, hyps))
+
+    def lattices(
+        self, encoded: Tensor, frames: Tensor, labels: Tensor, lengths: Tensor
+    ) -> Lattices:
+        """The lattices of one label sequence of each utterance, no state in two of them."""
+        return self._lattices(encoded, frames, labels, hypotheses(labels, lengths))
+
+    def _lattices(self, encoded, frames, labels, hyps: Hypotheses) -> Lattices:
+        labels = labels.clamp(min=0)  # whatever the padding, the predictor embeds it
         start = labels.new_zeros(len(labels), 1)
         self.decoder.set_device(encoded.device)
         predicted = hyps.of_states(self.decoder(torch.cat([start, labels], 1)))
         network = self.joint_network
-        return self._full_sum(network.lin_enc(encoded), frames, network.lin_dec(predicted), hyps)
+        projected = network.lin_enc(encoded)
+        return Lattices(self.joint, projected, frames, network.lin_dec(predicted), hyps)
+
+    @property
+    def joint(self) -> Joint:
+        """The joint network, behind its projections."""
+        head = self.joint_network.lin_out
+        return Joint(head.weight, head.bias, self.joint_network.joint_activation)
 
     @torch.no_grad()
     def best_path(self, encoded: Tensor, frames: Tensor, most: int = 5) -> list[list[int]]:
@@ -176,13 +222,12 @@ class _Transducer(ESPnetASRTransducerModel):
         own = torch.arange(len(target), device=target.device)
         hyps = hypotheses(target.long(), u_len.long(), own, context=self._context())
         predicted = hyps.of_states(joint_out.predicted.squeeze(1))
-        return -self._full_sum(joint_out.encoded.squeeze(2), t_len.long(), predicted, hyps).mean()
+        encoded = joint_out.encoded.squeeze(2)
+        return -self._full_sum(Lattices(self.joint, encoded, t_len.long(), predicted, hyps)).mean()
 
-    def _full_sum(self, encoded, frames, predicted, hyps: Hypotheses) -> Tensor:
-        head, activation = self.joint_network.lin_out, self.joint_network.joint_activation
-        joint = Joint(head.weight, head.bias, activation)
+    def _full_sum(self, of: Lattices) -> Tensor:
         log_p = log_probability(
-            joint, encoded, frames, predicted, hyps, fast_emit=self.fastemit_lambda
+            of.joint, of.encoded, of.frames, of.predicted, of.hyps, fast_emit=self.fastemit_lambda
         )
         return log_p.float()
 

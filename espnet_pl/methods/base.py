@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from espnet_pl.data.pairing import Pairing
+from espnet_pl.losses.transducer import Lattices
 from espnet_pl.parts.search import Proposal
 
 SHARED = ("base", "pseudo_labelling")  # files beside the methods that are none
@@ -101,6 +102,9 @@ class Student(Protocol):
 class Heard(Protocol):
     """Utterances as a student has heard them once."""
 
+    def __len__(self) -> int:
+        """How many."""
+
     def frame_log_probs(self) -> tuple[Float[Tensor, "n t v"], Int[Tensor, " n"]]:
         """Log-probabilities of tokens and blank in each frame, and the valid frames."""
 
@@ -110,6 +114,9 @@ class Heard(Protocol):
         Args:
             of: the utterance that each label is a hypothesis of; None: the k-th of the k-th.
         """
+
+    def lattices(self, labels: list[list[int]]) -> Lattices:
+        """The transducer's lattice of a label sequence of each utterance; see losses/transducer."""
 
     def propose(self, beam: int) -> list[list[Proposal]]:
         """Different label sequences of each utterance with the scores of ``score``, best first."""
@@ -124,6 +131,7 @@ class Method(nn.Module):
 
     requires: ClassVar[frozenset[str]] = frozenset()  # questions the student must answer
     uses: ClassVar[frozenset[str]] = frozenset({"truth"})  # resources it has a use for
+    taught: ClassVar[bool] = False
 
     def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
         super().__init__()

@@ -11,17 +11,17 @@ from torch import nn
 
 from espnet_pl.data.pairing import Pairing
 from espnet_pl.data.views import at_speed, draw
-from espnet_pl.losses.diagnostics import FrameStatistics
 from espnet_pl.methods import base
-from espnet_pl.parts.cache import PseudoLabelCache
+from espnet_pl.parts.cache import PseudoLabelCache, Record
 from espnet_pl.parts.evolution import Evolution
 from espnet_pl.parts.monitor import LIMITS, Monitor
-from espnet_pl.parts.objectives import Objectives, objective
+from espnet_pl.parts.objectives import Objectives, Summand, objective
 from espnet_pl.parts.pseudo_labels import (
     Labels,
     agree,
     by_risk,
     label_statistics,
+    mean,
     propose,
     student_statistics,
 )
@@ -140,7 +140,7 @@ class PseudoLabelling(base.Method):
         records = [self.cache.record(i) for i in x.utt_id]
         strong = at_speed(x, draw(self.config.strong_speeds))
         heard = student.hear(strong)
-        summands, numbers = objective(self.config, heard, labels, records, self.config.max_labels)
+        summands, numbers = self.objective(heard, labels, records)
         ages = [int(self.step) - self.cache.made_at(i) for i in x.utt_id]
         numbers["label_age"] = sum(ages) / len(ages)
         if self.evolution:
@@ -149,13 +149,20 @@ class PseudoLabelling(base.Method):
             numbers["label_change"] = self.evolution.see(labels, now)
         if not self.cached:
             self.cache.forget(x.utt_id)
-        said, of_samples = self.said_in.tolist()
-        samples = int(strong.speech_lengths.sum())
-        numbers |= student_statistics(heard, student.blank, samples, said / max(of_samples, 1.0))
+        if "frame_log_probs" in student.answers:
+            said, of_samples = self.said_in.tolist()
+            samples, usual = int(strong.speech_lengths.sum()), said / max(of_samples, 1.0)
+            numbers |= student_statistics(heard, student.blank, samples, usual)
         share = self.config.weight * 0.5 ** int(self.put_back)
         for name, (value, weight, count) in summands.items():
             terms[name] = base.Term(value, share * weight, count)
         return terms | base.diagnostics(numbers, len(x))
+
+    def objective(
+        self, heard: Any, labels: list[list[int]], records: list[Record]
+    ) -> tuple[dict[str, Summand], dict[str, float]]:
+        """What the student learns of labels and records, and numbers to be logged."""
+        return objective(self.config, heard, labels, records, self.config.max_labels)
 
     def label(self, student: nn.Module, x: base.Utterances) -> dict[str, base.Term]:
         """Label x now, and keep it by utterance id."""
@@ -163,7 +170,7 @@ class PseudoLabelling(base.Method):
         pieces = [self._said(student, piece, self.config) for piece in x.pieces(self.room)]
         made = Labels(
             [label for piece in pieces for label in piece.labels],
-            FrameStatistics(*(torch.stack(v).mean() for v in zip(*(p.statistics for p in pieces)))),
+            mean([piece.statistics for piece in pieces]),
             [record for piece in pieces for record in piece.records],
         )
         values = label_statistics(x, made, self.cache, self.resources.get("truth", {}))

@@ -26,8 +26,11 @@ def greedy(
     log_p: Float[Tensor, "n t v"], frames: Int[Tensor, " n"], blank: int = 0
 ) -> list[list[int]]:
     """The label sequence of each utterance's best path; may be empty."""
-    best = log_p.argmax(dim=-1)  # n t
-    return [collapse(path[:length], blank) for path, length in zip(best.cpu(), frames.tolist())]
+    best = log_p.argmax(dim=-1).cpu()  # n t
+    said = best != blank
+    said[:, 1:] &= best[:, 1:] != best[:, :-1]
+    said &= torch.arange(best.shape[1]) < frames.cpu()[:, None]
+    return [part.tolist() for part in best[said].split(said.sum(1).tolist())]
 
 
 def collapse(path: Int[Tensor, " t"], blank: int = 0) -> list[int]:

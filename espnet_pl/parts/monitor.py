@@ -67,6 +67,8 @@ class Monitor(nn.Module):
         self.register_buffer("usual", none.clone())
         self.register_buffer("smooth", none.clone())
         self.register_buffer("outside", none.long())
+        limits = torch.tensor([*LIMITS.values()], dtype=torch.float64)
+        self.register_buffer("limits", limits, persistent=False)
 
     @property
     def healthy(self) -> bool:
@@ -89,7 +91,7 @@ class Monitor(nn.Module):
         self.usual += torch.where(known & learning, x - self.usual, 0.0) / self.seen.clamp(min=1)
         step = torch.where(known, x - self.smooth, 0.0) / SMOOTHING
         self.smooth.copy_(torch.where(learning, self.usual, self.smooth + step))
-        above, more, below, less = self.usual.new_tensor(list(LIMITS.values())).unbind(1)
+        above, more, below, less = self.limits.unbind(1)
         high, low = above + more * self.usual, below + less * self.usual
         out = ~learning & ((self.smooth > high) | (self.smooth < low))
         self.outside.copy_(torch.where(known, torch.where(out, self.outside + 1, 0), self.outside))

@@ -7,10 +7,12 @@ occupancies in the teacher's lattice,
 
     L = hard · −log q(ŷ|x)  +  soft · Σ_t c_t KL(p_t ‖ q_t)  +  lattice · Σ_t c_t KL(γ_t ‖ q_t)
       + sequences · −Σ_k w_k log q(y_k|x)  +  ranking · KL(w ‖ v)
+      + full_sum · D(log p(ŷ|x), log q(ŷ|x))  +  discriminative · Σ_k |log w_k − log v_k|
       + frame_entropy · Σ_t H(q_t)  −  token_entropy · T H(mean_t q_t)
 
     p_t ∝ (teacher's probability)^{1/temperature};  temperature 0: its likeliest token
     w_k ∝ P(y_k|x)^scale over the hypotheses,  v_k the same of the student
+    D: how far apart two full sums are, in nats, or in nats per label (losses/distillation.py)
     c_t = blank_weight where the teacher's likeliest token is the blank, else 1
 
 each of them a mean over utterances, in nats per utterance.  A label that cannot be learnt is
@@ -23,9 +25,10 @@ Source: hard labels arXiv:2010.11524; sampled ones arXiv:2210.08711 (abstract); 
 frames arXiv:2211.06007 (abstract) and, as a mean over frames times 20, the code of flashlight's
 slimIPL recipe.  What regularises them is not listed there: blend (hard and soft together),
 sharpening, several sequences, entropies, blanks and confidence are what was conceivable.
-Hypotheses weighted by their posterior, occupancies as targets of frames, and the ranking are ours:
-soft labels that are consistent as sequences.  Where several views or teachers are asked, w is the
-mean of their opinions (parts/pseudo_labels.mixed), and ŷ their consensus.
+Full sums, and those of several hypotheses against each other, are those of arXiv:2303.05958
+(abstract).  Hypotheses weighted by their posterior, occupancies as targets of frames, and the
+ranking are ours: soft labels that are consistent as sequences.  Where several views or teachers are
+asked, w is the mean of their opinions (parts/pseudo_labels.mixed), and ŷ their consensus.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,11 +40,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from espnet_pl.losses.ctc import occupancies
-from espnet_pl.losses.distillation import cross_entropy, posterior, ranking
+from espnet_pl.losses.distillation import (
+    cross_entropy,
+    discriminative,
+    distance,
+    posterior,
+    ranking,
+)
 from espnet_pl.losses.entropy import frame_entropy, token_entropy
 from espnet_pl.losses.soft_labels import SoftLabels, kl, soft_labels
 from espnet_pl.parts.cache import Record
-from espnet_pl.parts.decoding import collapse, greedy, pad
+from espnet_pl.parts.decoding import greedy, pad
+from espnet_pl.parts.hypotheses import draw, draw_several, possible, shuffled, usable
 
 TINY = 1e-30  # an occupancy that is none
 
@@ -55,9 +65,15 @@ class Objectives:
     lattice: float = 0.0
     sequences: float = 0.0
     ranking: float = 0.0
+    full_sum: float = 0.0
+    discriminative: float = 0.0
     frame_entropy: float = 0.0
     token_entropy: float = 0.0
-    label: Literal["greedy", "sampled"] = "greedy"  # ŷ: the best path, or one drawn at random
+    # ŷ: that of the frames' best path, of a path drawn at random, or the likeliest hypothesis.
+    label: Literal["greedy", "sampled", "best"] = "greedy"
+    distance: Literal["l1", "squared", "huber"] = "l1"  # D; the paper's is not known
+    delta: float = 1.0  # nats, where Huber's distance becomes linear
+    by_length: bool = False  # D of log-probabilities per label
     sampling: float = 1.0  # temperature of paths that are drawn
     temperature: float = 1.0  # of soft labels; below 1 sharpens
     keep: int = 16  # tokens of a frame that are kept; of the others their sum
@@ -73,19 +89,30 @@ class Objectives:
     least_confidence: float = 0.0  # utterances below it are dropped
 
     def __post_init__(self) -> None:
-        for name in (*SUMMANDS, "temperature", "scale", "risk"):
+        for name in (*SUMMANDS, "temperature", "scale", "risk", "delta"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
-        if not any(getattr(self, name) for name in SUMMANDS):
+        if not self.learns:
             raise ValueError(f"one of {', '.join(SUMMANDS)} must be positive: nothing is learnt")
-        for name, least in (("keep", 1), ("beam", 1 if not self.ranking else 2)):
+        compared = self.ranking or self.discriminative
+        for name, least in (("keep", 1), ("beam", 2 if compared else 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least {least}")
+        if self.full_sum and (self.label != "best" or self.hypotheses != "search"):
+            raise ValueError(
+                "full_sum compares with what the teacher thinks of its likeliest hypothesis: "
+                "label must be best, hypotheses search"
+            )
         if not self.sampling > 0:
             raise ValueError(f"sampling is {self.sampling}, it must be positive")
         for name in ("blank_weight", "least_confidence"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must lie in [0, 1]")
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is learnt of a teacher."""
+        return any(getattr(self, name) for name in SUMMANDS)
 
     @property
     def by_frames(self) -> bool:
@@ -95,10 +122,23 @@ class Objectives:
     @property
     def by_hypotheses(self) -> bool:
         """Whether several sequences are needed."""
-        return self.lattice > 0 or self.sequences > 0 or self.ranking > 0
+        return self.label == "best" or self.compares or self.lattice > 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether the student's scores of several sequences are needed."""
+        return self.sequences > 0 or self.ranking > 0 or self.discriminative > 0
+
+    @property
+    def of_frames(self) -> bool:
+        """Whether a teacher must have frames, or scores of sequences will do."""
+        sure = self.confidence != "none" or self.least_confidence > 0
+        return self.by_frames or self.label != "best" or self.hypotheses == "sampled" or sure
 
 
-SUMMANDS = ("hard", "soft", "lattice", "sequences", "ranking")
+SUMMANDS = (
+    "hard", "soft", "lattice", "sequences", "ranking", "full_sum", "discriminative",
+)  # fmt: skip
 
 
 class Summand(NamedTuple):
@@ -115,7 +155,7 @@ def label(
     """ŷ of each utterance."""
     if how.label == "greedy":
         return greedy(log_p, frames, blank)
-    return _draw(log_p, frames, how.sampling, blank)
+    return draw(log_p, frames, how.sampling, blank)
 
 
 @torch.no_grad()
@@ -125,8 +165,11 @@ def record(how: Objectives, heard: Any, blank: int) -> list[Record]:
     Args:
         heard: the utterances, as the teacher hears them (``methods.base.Heard``).
     """
-    log_p, frames = heard.frame_log_probs()
-    records: list[Record] = [{} for _ in frames]
+    found = None
+    if how.by_hypotheses and how.hypotheses == "search":
+        found = heard.propose(how.beam)
+    log_p, frames = heard.frame_log_probs() if how.of_frames else (None, None)
+    records: list[Record] = [{} for _ in range(len(heard))]
     if how.soft:
         sharp = how.temperature == 0
         keep = 1 if sharp else min(how.keep, log_p.shape[2])
@@ -136,14 +179,27 @@ def record(how: Objectives, heard: Any, blank: int) -> list[Record]:
             target = SoftLabels(torch.zeros_like(target.log_p), target.tokens, nothing, frames)
         _put(records, "soft", target)
     if how.by_hypotheses:
-        labels, log_w, of = _hypotheses(how, heard, log_p, frames, blank)
-        text, lengths = pad(labels, log_p.device)
+        if found is None:
+            found = draw_several(log_p, frames, how.sampling, blank, how.beam)
+        found = possible(found)
+        labels = [p.labels for own in found for p in own]
+        of = torch.tensor([i for i, own in enumerate(found) for _ in own], dtype=torch.long)
+        score = torch.tensor([p.log_p for own in found for p in own])
+        # Of those that were drawn, how often that was is their weight.
+        log_w = posterior(score, of, len(found), how.scale if how.hypotheses == "search" else 1.0)
+        if how.opinion == "shuffled":
+            log_w = shuffled(log_w, of)
+        text, lengths = pad(labels)
         for i, own in enumerate(records):
             mine = (of == i).nonzero()[:, 0]
-            own["labels"], own["lengths"] = text[mine].cpu(), lengths[mine].cpu()
-            own["log_w"] = log_w[mine].cpu()
+            own["labels"], own["lengths"], own["log_w"] = text[mine], lengths[mine], log_w[mine]
+            if how.full_sum:
+                own["log_p"] = score[mine]
         if how.lattice:
-            gamma = occupancies(log_p, frames, text, lengths, of, log_w.exp(), blank)
+            at = log_p.device
+            gamma = occupancies(
+                log_p, frames, text.to(at), lengths.to(at), of.to(at), log_w.exp().to(at), blank
+            )
             # Where nobody is said to say anything there is no target; `objective` leaves it out.
             target = soft_labels(gamma.clamp(min=TINY).log(), frames, min(how.keep, gamma.shape[2]))
             _put(records, "lattice", target)
@@ -172,19 +228,20 @@ def objective(
     Raises:
         ValueError: as many labels and records as utterances are needed.
     """
-    log_p, frames = heard.frame_log_probs()
-    if not len(labels) == len(records) == len(frames):
-        raise ValueError(
-            f"{len(labels)} labels and {len(records)} records for {len(frames)} utterances"
-        )
-    each = _weights(how, records, log_p)
+    n = len(records)
+    needed = how.by_frames or how.frame_entropy or how.token_entropy
+    if not len(labels) == n == len(heard):
+        raise ValueError(f"{len(labels)} labels and {n} records for {len(heard)} utterances")
+    log_p, frames = heard.frame_log_probs() if needed else (None, None)
+    each = _weights(how, records)
     out: dict[str, Summand] = {}
-    dropped = {}
+    numbers = {}
     if how.least_confidence:
-        dropped["labels_doubtful"] = float((each == 0).float().mean())
-    if how.hard:
-        out["pseudo"], dropped_labels = _hard(how.hard, heard, labels, each, max_labels)
-        dropped |= dropped_labels
+        numbers["labels_doubtful"] = float((each == 0).float().mean())
+    if how.hard or how.full_sum:
+        more, told = _of_labels(how, heard, labels, records, each, max_labels)
+        out |= more
+        numbers |= told
     for name in ("soft", "lattice"):
         if weight := getattr(how, name):
             target, of_frames = _get(records, name, how.blank_weight, log_p.device)
@@ -192,32 +249,34 @@ def objective(
             there = frames > 0
             if name == "lattice":
                 there &= torch.tensor([len(own["lengths"]) > 0 for own in records]).to(there)
-            out[f"pseudo_{name}"] = _mean(loss, weight, each, there)
-    if how.sequences or how.ranking:
-        flat, log_w, of = _usable(records, max_labels)
+            out[f"pseudo_{name}"] = average(loss, weight, each, there)
+    if how.compares:
+        flat, log_w, of = usable(records, max_labels)
         score = heard.score(flat, of.tolist())
         log_w, of = log_w.to(score), of.to(score.device)
-        possible = ~score.isneginf()  # by the student's frames; the others share their weight
-        n = len(records)
-        log_w = posterior(log_w.where(possible, -torch.inf), of, n)
-        there = torch.zeros_like(each, dtype=torch.bool).index_fill(0, of[possible], True)
+        can = ~score.isneginf()  # by the student's frames; the others share their weight
+        log_w = posterior(log_w.where(can, -torch.inf), of, n)
+        there = torch.zeros(n, dtype=torch.bool, device=of.device).index_fill(0, of[can], True)
         if how.sequences:
             loss = cross_entropy(log_w, score, of, n)
-            out["pseudo_sequences"] = _mean(loss, how.sequences, each, there)
+            out["pseudo_sequences"] = average(loss, how.sequences, each, there)
         if how.ranking:
             loss = ranking(log_w, score, of, n, how.scale)
-            out["pseudo_ranking"] = _mean(loss, how.ranking, each, there)
+            out["pseudo_ranking"] = average(loss, how.ranking, each, there)
+        if how.discriminative:
+            loss = discriminative(log_w, score, of, n, how.scale)
+            out["pseudo_discriminative"] = average(loss, how.discriminative, each, there)
     if how.frame_entropy:
         loss = frame_entropy(log_p, frames)
-        out["pseudo_frame_entropy"] = _mean(loss, how.frame_entropy, torch.ones_like(each))
+        out["pseudo_frame_entropy"] = average(loss, how.frame_entropy, torch.ones(n))
     if how.token_entropy:
         per_utterance = frames.float().mean() * token_entropy(log_p, frames)
         out["pseudo_token_entropy"] = Summand(per_utterance, -how.token_entropy, len(frames))
-    return out, dropped
+    return out, numbers
 
 
-def _hard(weight, heard, labels, each, max_labels):
-    """−log q(ŷ|x) of the labels that can be learnt."""
+def _of_labels(how, heard, labels, records, each, max_labels):
+    """What is learnt of ŷ, where that can be learnt, and shares of what cannot."""
     too_long = [len(y) > max_labels for y in labels]
     # A dropped utterance is scored with an empty label, which costs no memory, and then
     # masked: the loss stays on the graph even if nothing is kept.
@@ -230,68 +289,44 @@ def _hard(weight, heard, labels, each, max_labels):
         "too_long": sum(too_long),
         "infeasible": int(said.sum()) - int(keep.sum()),
     }
-    shares = {f"labels_{why}": count / len(labels) for why, count in dropped.items()}
-    return _mean(-torch.where(keep, score, 0.0), weight, each, keep), shares
+    numbers = {f"labels_{why}": count / len(labels) for why, count in dropped.items()}
+    out = {}
+    if how.hard:
+        loss = -torch.where(keep, score, 0.0)
+        out["pseudo"] = average(loss, how.hard, each, keep)
+    if how.full_sum:
+        best = [own["log_p"][:1] if len(own["log_p"]) else torch.zeros(1) for own in records]
+        teacher = torch.cat(best).to(score)
+        lengths = torch.tensor([max(len(y), 1) for y in usable], device=score.device)
+        loss = distance(
+            score.where(keep, teacher), teacher, how.distance,
+            delta=how.delta, lengths=lengths if how.by_length else None,
+        )  # fmt: skip
+        out["pseudo_full_sum"] = average(loss, how.full_sum, each, keep)
+        numbers["student_surer"] = (
+            float((score > teacher)[keep].float().mean()) if keep.any() else 0.0
+        )
+    return out, numbers
 
 
-def _mean(loss, weight, each, keep=None) -> Summand:
-    """Over the utterances that are kept, by their weights; 0 and on the graph if there are none."""
+def average(loss, weight, each, keep=None) -> Summand:
+    """The mean over the utterances that are kept, by their weights ``each``.
+
+    Without any it is 0, and on the graph: every rank of a job has a gradient.
+    """
     each = each.to(loss) if keep is None else torch.where(keep, each.to(loss), 0.0)
     total = torch.where(each == 0, 0.0, each * loss).sum() / each.sum().clamp(min=1e-6)
     return Summand(total, weight, int((each > 0).sum()))
 
 
-def _weights(how, records, log_p) -> Tensor:
+def _weights(how, records) -> Tensor:
     """Of the utterances, (n,)."""
     if how.confidence == "none" and not how.least_confidence:
-        return log_p.new_ones(len(records))
-    confidence = torch.cat([own["confidence"] for own in records]).to(log_p)
+        return torch.ones(len(records))
+    confidence = torch.cat([own["confidence"] for own in records])
     each = confidence if how.confidence != "none" else torch.ones_like(confidence)
     each = each.where(confidence >= how.least_confidence, 0.0)
     return each[torch.randperm(len(each))] if how.confidence == "shuffled" else each
-
-
-def _hypotheses(how, heard, log_p, frames, blank):
-    """Label sequences, log w of each, and whose they are; nothing empty among them."""
-    if how.hypotheses == "sampled":
-        rows, log_p_y = [], []
-        drawn = [_draw(log_p, frames, how.sampling, blank) for _ in range(how.beam)]
-        for i, own in enumerate(zip(*drawn)):
-            for y in sorted(set(map(tuple, own)) - {()}):
-                rows.append((list(y), i))
-                log_p_y.append(float(torch.tensor(own.count(list(y))).log()))
-        scale = 1.0  # how often it was drawn is its weight
-    else:
-        proposals = heard.propose(how.beam)
-        several = [(p, i) for i, own in enumerate(proposals) for p in own if p.labels]
-        rows, log_p_y = [(p.labels, i) for p, i in several], [p.log_p for p, _ in several]
-        scale = how.scale
-    of = torch.tensor([i for _, i in rows], dtype=torch.long, device=log_p.device)
-    log_w = posterior(torch.tensor(log_p_y, device=log_p.device), of, len(frames), scale)
-    if how.opinion == "shuffled":
-        order = torch.randperm(len(of), device=of.device)
-        order = order[of[order].argsort(stable=True)]  # within each utterance
-        log_w = log_w[order]
-    return [y for y, _ in rows], log_w, of
-
-
-def _draw(log_p, frames, temperature, blank) -> list[list[int]]:
-    """A label sequence of each utterance, by a token drawn in each frame."""
-    p = (log_p / temperature).softmax(2)
-    path = torch.multinomial(p.flatten(0, 1), 1).view(p.shape[:2]) if p.numel() else p[..., 0]
-    return [collapse(row[:t].long(), blank) for row, t in zip(path.cpu(), frames.tolist())]
-
-
-def _usable(records, max_labels):
-    """The recorded hypotheses of all utterances that are not too long."""
-    flat, log_w, of = [], [torch.zeros(0)], []
-    for i, own in enumerate(records):
-        short = own["lengths"] <= max_labels
-        for row, length in zip(own["labels"][short], own["lengths"][short].tolist()):
-            flat.append(row[:length].tolist())
-            of.append(i)
-        log_w.append(own["log_w"][short])
-    return flat, torch.cat(log_w), torch.tensor(of, dtype=torch.long)
 
 
 def _put(records: list[Record], name: str, target: SoftLabels) -> None:

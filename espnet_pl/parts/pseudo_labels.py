@@ -10,6 +10,7 @@ from torch import nn
 from espnet_pl.losses.diagnostics import FrameStatistics, frame_statistics
 from espnet_pl.parts.cache import PseudoLabelCache, Record
 from espnet_pl.parts.decoding import consensus, greedy, pad
+from espnet_pl.parts.hypotheses import likeliest
 from espnet_pl.parts.objectives import Objectives, label, record
 from espnet_pl.parts.teacher import weak_view
 
@@ -20,7 +21,7 @@ class Labels(NamedTuple):
     """A label sequence per utterance, what the teacher's frames looked like, what else it said."""
 
     labels: list[list[int]]
-    statistics: FrameStatistics
+    statistics: FrameStatistics | None  # of a teacher that has frames
     records: list[Record]
 
 
@@ -28,11 +29,15 @@ def propose(teacher: nn.Module, x: Any, how: Objectives = HARD) -> Labels:
     """What the teacher says of x in the weak view; leaves the teacher's modes as they are."""
     with weak_view(teacher):
         heard, blank = teacher.hear(x), teacher.blank
+        records = record(how, heard, blank)
+        if "frame_log_probs" not in teacher.answers:
+            return Labels(likeliest(records), None, records)
         log_p, frames = heard.frame_log_probs()
+        best = how.label == "best"
         return Labels(
-            label(how, log_p, frames, blank),
+            likeliest(records) if best else label(how, log_p, frames, blank),
             frame_statistics(log_p, frames, blank),
-            record(how, heard, blank),
+            records,
         )
 
 
@@ -47,7 +52,6 @@ def agree(views: Sequence[Labels], others: Sequence[list[list[int]]] = ()) -> La
     if len(views) == 1 and not others:
         return views[0]
     several = [*zip(*(view.labels for view in views), *others)]
-    statistics = zip(*(view.statistics for view in views))
     records = views[0].records
     if records and "log_w" in records[0] and "lattice_tokens" not in records[0]:
         of_views = zip(*(view.records for view in views))
@@ -55,9 +59,16 @@ def agree(views: Sequence[Labels], others: Sequence[list[list[int]]] = ()) -> La
         records = [own | mixed(of, by) for own, of, by in zip(records, of_views, said)]
     return Labels(
         [consensus(labels) for labels in several],
-        FrameStatistics(*(torch.stack(values).mean() for values in statistics)),
+        mean([view.statistics for view in views]),
         records,
     )
+
+
+def mean(statistics: Sequence[FrameStatistics | None]) -> FrameStatistics | None:
+    """Of several teachers or batches; None if one of them has none."""
+    if None in statistics:
+        return None
+    return FrameStatistics(*(torch.stack(values).mean() for values in zip(*statistics)))
 
 
 def mixed(views: Sequence[Record], others: Sequence[list[int]] = ()) -> Record:
@@ -117,7 +128,8 @@ def label_statistics(
     Returns:
         Shares and entropies by name; churn and error rate only where they are defined.
     """
-    values = {name: value.item() for name, value in made.statistics._asdict().items()}
+    told = made.statistics._asdict() if made.statistics else {}
+    values = {name: value.item() for name, value in told.items()}
     values["label_loops"] = loops(made.labels)
     new = dict(zip(x.utt_id, made.labels))
     again = [i for i in new if i in before]

@@ -14,10 +14,15 @@ def name(request):
     return request.param
 
 
+def resources(name):
+    """What a method of that name cannot do without."""
+    return {"teacher": speaking_student(seed=7)} if module_of(name).Method.taught else {}
+
+
 @pytest.fixture
 def pair(name):
     student = speaking_student()
-    return student, build(name, {}, student)
+    return student, build(name, {}, student, resources(name))
 
 
 def learns_from_unlabelled(method):
@@ -123,7 +128,7 @@ def test_a_restored_run_continues_exactly(name, pair):
     updated(student, method, 3, start=3)
 
     restored_student = speaking_student(seed=1)
-    restored = build(name, {}, restored_student)
+    restored = build(name, {}, restored_student, resources(name))
     restored_student.load_state_dict(kept[0])
     restored.load_state_dict(kept[1])
     updated(restored_student, restored, 3, start=3)

@@ -2,7 +2,8 @@
 
 Labelled speech is of three speakers; unlabelled, dev and test speech of the other three.  Each
 recording occurs in one set only, there in several strings.  test and test_labelled_domain are of
-the recordings 0-4, FSDD's official test set.
+the recordings 0-4, FSDD's official test set.  The first strings of train_labelled, and those of
+one speaker, are sets too, for worse models.
 """
 
 import argparse
@@ -27,6 +28,7 @@ URL = f"https://github.com/Jakobovski/free-spoken-digit-dataset/archive/{COMMIT}
 DIGEST = "fbf77c5e2e80e5dacab77db4063117dc77b573a60babb054408d7d40fc993eb4"
 
 LABELLED = ("george", "jackson", "lucas")
+FEW = (100, 30)  # strings of the smaller labelled sets
 UNLABELLED = ("nicolas", "theo", "yweweler")
 
 
@@ -60,7 +62,8 @@ def main() -> None:
     given = [os.environ.get(key, "") for key in ("FSDD", "ESPNET_PL_SHARED")]
     parameters = {**vars(args), "audio": str(audio), "given": given}
     stamp = kaldi.Stamp(data / ".fsdd.stamp", parameters, [__file__, kaldi.__file__])
-    if stamp.is_current(data / name for name in [*(s.name for s in sets), "train_oracle"]):
+    parts = [*(f"train_labelled_{n}" for n in FEW), f"train_labelled_{LABELLED[0]}"]
+    if stamp.is_current(data / name for name in [*(s.name for s in sets), "train_oracle", *parts]):
         print("fsdd: data/ is up to date")
         return
     stamp.clear()
@@ -76,6 +79,11 @@ def main() -> None:
         utterances, used = _strings(what, digits, audio, rng)
         if what.name.startswith("train"):
             oracle += utterances
+        if what.name == "train_labelled":
+            alone = [u for u in utterances if u.speaker == LABELLED[0]]
+            for name, own in zip(parts, [*(utterances[:n] for n in FEW), alone]):
+                kaldi.write_dir(data / name, own)
+                print(kaldi.summary(name, own), flush=True)
         print(kaldi.summary(what.name, utterances), flush=True)
         if what.name == "train_unlabelled":
             utterances = [u._replace(text=None) for u in utterances]
