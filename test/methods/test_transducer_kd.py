@@ -122,7 +122,7 @@ def test_nodes_are_compared():
 
 
 def test_a_student_like_its_teacher_has_nothing_to_learn_but_from_hard_labels():
-    conf = {n: 1.0 for n in ("hard", "full_sum", "discriminative", "collapsed", "full_lattice")}
+    conf = dict.fromkeys(("hard", "full_sum", "discriminative", "collapsed", "full_lattice"), 1.0)
     _, method, teacher = pair(**conf)
     terms = method.unlabelled(teacher, batch().unlabelled)
     for name in conf:
