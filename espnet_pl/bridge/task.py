@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +11,11 @@ from espnet2.tasks.asr import ASRTask
 from espnet2.tasks.asr_transducer import ASRTransducerTask
 from espnet2.utils.nested_dict_action import NestedDictAction
 
+from espnet_pl.bridge import teachers, teaching
 from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import PLModel, attach
 from espnet_pl.bridge.recogniser import Recogniser
-from espnet_pl.bridge.transducer import TransducerRecogniser
-from espnet_pl.methods.base import ConfigError, build, config_of, module_of, unknown
+from espnet_pl.methods.base import ConfigError, Method, build, config_of, module_of, unknown
 
 # What a configuration of ours has beyond a stock one; taken out of exported models.
 OPTIONS = (
@@ -26,6 +26,8 @@ OPTIONS = (
     "unlabelled_shape_file",
     "truth",
     "teachers",
+    "teacher_mode",
+    "teacher_store",
 )
 
 
@@ -69,8 +71,20 @@ class _Learning:
             "--teachers",
             action="append",
             default=[],
-            help="folder of an exported model (config.yaml, model.pth) that labels beside the "
-            "method's own teacher; may be given several times",
+            help="folder of an exported model (config.yaml, model.pth), or a zip of "
+            "espnet2.bin.pack: it labels beside the method's own teacher, and there may be "
+            "several; or it is the one that the method learns from",
+        )
+        group.add_argument(
+            "--teacher_mode",
+            choices=teaching.MODES,
+            default="stored",
+            help="of a method that learns from one teacher: it is asked in training (online), or "
+            "what it said is read (stored)",
+        )
+        group.add_argument(
+            "--teacher_store",
+            help="folder with what the teacher said, made by espnet_pl.bridge.label",
         )
         # One criterion: 202511 averages wrongly with several (compat.py).  No plots and no
         # tensorboard unless asked for: both need packages that training does not.
@@ -84,16 +98,7 @@ class _Learning:
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> PLModel:
         """The stock model of the stock options, inside a ``PLModel``."""
-        try:
-            net = super().build_model(args)
-        except ModuleNotFoundError as error:
-            if error.name != "warprnnt_pytorch":
-                raise
-            raise ConfigError(
-                f"decoder: {args.decoder} of task asr needs the module warprnnt_pytorch, for "
-                "decoding too: tools/install_warprnnt.sh installs one that is not compiled. "
-                "Transducers of task asr_transducer do without"
-            ) from None
+        net = teachers.build_net(cls.stock, args)
         # ESPnet looks for these names after building, where they have our prefix.
         for prefix in args.freeze_param:
             mine = [
@@ -104,8 +109,7 @@ class _Learning:
             for parameter in mine:
                 parameter.requires_grad = False
         student = cls.student(net)
-        resources = {"truth": cls._read_truth(args), "teachers": cls._read_teachers(args)}
-        _Learning.built = PLModel(student, build(args.method, args.method_conf, student, resources))
+        _Learning.built = PLModel(student, cls._build_method(args, student))
         return _Learning.built
 
     @classmethod
@@ -152,43 +156,57 @@ class _Learning:
         return super().required_data_names(train, inference or not cls.with_text)
 
     @classmethod
+    def _build_method(cls, args: argparse.Namespace, student: Recogniser) -> Method:
+        if (
+            args.collect_stats
+        ):  # of the features; no method is asked, and its data need not be there
+            return build("supervised", {}, student)
+        resources = {"truth": cls._read_truth(args)}
+        if teaching.is_taught(vars(args)):
+            resources |= teaching.resources(args, student, cls._tokeniser(args))
+        else:
+            resources["teachers"] = cls._read_teachers(args)
+        return build(args.method, args.method_conf, student, resources)
+
+    @classmethod
     def _read_teachers(cls, args: argparse.Namespace) -> list[Recogniser]:
-        teachers = []
-        for folder in map(Path, [] if args.collect_stats else args.teachers):
-            files = [folder / "config.yaml", folder / "model.pth"]
-            for file in files:
-                if not file.is_file():
-                    raise ConfigError(f"teachers: {file} is missing; give an exported model folder")
-            net, theirs = cls.stock.build_model_from_file(*files, "cpu")
-            if list(theirs.token_list) != list(args.token_list):
+        found = []
+        for path in args.teachers:
+            teacher = teachers.load(path)
+            if teacher.tokens.token_list != list(args.token_list):
                 raise ConfigError(
-                    f"teachers: {folder} has other tokens than --token_list; train it with these"
+                    f"teachers: {path} has other tokens than --token_list; train it with these"
                 )
-            teachers.append(cls.student(net).eval().requires_grad_(False))
-        return teachers
+            found.append(teacher.network)
+        return found
 
     @classmethod
     def _read_truth(cls, args: argparse.Namespace) -> dict[str, list[int]]:
-        if not args.truth or args.collect_stats:
+        if not args.truth:
             return {}
-        tokenise = cls.build_preprocess_fn(args, train=False)
-        truth = {}
+        tokenise, truth = cls._tokeniser(args), {}
         for line in Path(args.truth).read_text(encoding="utf-8").splitlines():
             utt_id, _, text = line.partition(" ")
-            truth[utt_id] = tokenise(utt_id, {"text": text})["text"].tolist()
+            truth[utt_id] = tokenise(text)
         return truth
+
+    @classmethod
+    def _tokeniser(cls, args: argparse.Namespace) -> Callable[[str], list[int]]:
+        """From text to labels, as in training."""
+        prepare = cls.build_preprocess_fn(args, train=False)
+        return lambda text: prepare("", {"text": text})["text"].tolist()
 
 
 class PLTask(_Learning, ASRTask):
     """Attention/CTC and pure CTC models."""
 
-    stock, student = ASRTask, Recogniser
+    stock, student = teachers.FAMILIES["asr"]
 
 
 class PLTransducerTask(_Learning, ASRTransducerTask):
     """Transducers; their loss is ours, so that nothing has to be compiled."""
 
-    stock, student = ASRTransducerTask, TransducerRecogniser
+    stock, student = teachers.FAMILIES["asr_transducer"]
 
 
 TASKS = {"asr": PLTask, "asr_transducer": PLTransducerTask}

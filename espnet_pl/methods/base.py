@@ -131,7 +131,7 @@ class Method(nn.Module):
 
     requires: ClassVar[frozenset[str]] = frozenset()  # questions the student must answer
     uses: ClassVar[frozenset[str]] = frozenset({"truth"})  # resources it has a use for
-    taught: ClassVar[bool] = False
+    taught: ClassVar[bool] = False  # learns from one trained teacher, and has none of its own
 
     def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
         super().__init__()
@@ -143,6 +143,20 @@ class Method(nn.Module):
     def pairing(cls, config: Any) -> Pairing:
         """Which batches meet in an update."""
         return Pairing()
+
+    @classmethod
+    def ask(cls, config: Any, teacher: nn.Module, x: Utterances) -> list[dict[str, Tensor]]:
+        """What a teacher has to say of each utterance, to be kept; of a method that is taught.
+
+        Args:
+            teacher: answers as a ``Student`` does; in eval mode, without gradients.
+        """
+        raise NotImplementedError(f"{cls.__module__} does not say what it asks its teacher")
+
+    @classmethod
+    def asked(cls, config: Any) -> dict[str, Any]:
+        """The settings that ``ask`` depends on, in JSON: records of others are refused."""
+        raise NotImplementedError(f"{cls.__module__} does not say what its records depend on")
 
     def forward(self, student: nn.Module, batch: Batch) -> dict[str, Term]:
         """The objective of one update, as named terms."""
@@ -254,6 +268,11 @@ def build(
         resources: what comes from outside, by name: ``truth``, the held-back labels of
             unlabelled utterances (for diagnostics only); ``teachers``, trained networks that
             label beside the method's own teacher and never change (for pseudo-labelling).
+            A method that is taught has instead of these: ``teacher``, the trained network, on the
+            CPU, or ``records``, what ``ask`` made of it by utterance id (``parts.store.Reader``),
+            the other is None; ``translate``, from its labels to the student's, or None;
+            ``same_tokens`` and ``same_frames``, whether both have the same;
+            ``teacher_answers``, as a student's ``answers``.
 
     Raises:
         ConfigError: unknown method or setting, a student that cannot answer, or teachers for a
