@@ -18,7 +18,7 @@ class Files(NamedTuple):
 
     config: Path
     weights: Path
-    root: Path  # what is named in the configuration may lie below it
+    root: Path | None = None  # of an unpacked zip
 
     def beside(self, named: str, usual: str) -> Path | None:
         """A file that the configuration names, which may have been made in another place.
@@ -26,9 +26,10 @@ class Files(NamedTuple):
         Args:
             usual: the name by which an exported model has it.
         """
-        folder = self.config.parent
-        below = self.root / named.lstrip("/")
-        places = [folder / Path(named).name, folder / usual, below, Path(named)]
+        folder, name = self.config.parent, Path(named).name
+        # Packed by the name it had there, which may begin elsewhere than in the configuration.
+        packed = sorted(self.root.rglob(name)) if self.root else []
+        places = [folder / name, folder / usual, *packed, Path(named)]
         return next((place for place in places if place.is_file()), None)
 
 
@@ -58,7 +59,7 @@ def found(path: Path) -> Iterator[Files]:
         )
         which = f"one of {', '.join(others)}" if others else "an exported model folder"
         raise ConfigError(f"teacher: {weights} is missing; give {which}")
-    yield Files(config, weights, folder)
+    yield Files(config, weights)
 
 
 def _unpacked(path: Path, root: Path) -> Files:
