@@ -1,7 +1,7 @@
 """Asks the bridge about configurations, in a process of its own: ESPnet takes seconds and memory.
 
-Usage: ``check FILE[,FILE...]...`` prints one JSON line with a verdict per configuration: whether
-it needs unlabelled speech, or what is wrong with it.
+Usage: ``check FILE[,FILE...]...`` prints one JSON line with a verdict per configuration: what its
+method needs, or what is wrong with it.
 """
 
 import contextlib
@@ -11,10 +11,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 
-def ask(configurations: Sequence[Sequence[str]]) -> list[bool | str]:
-    """Verdicts: True (needs unlabelled speech), False, or a message about a mistake."""
+class Verdict(NamedTuple):
+    """What the method of a run needs."""
+
+    unlabelled: bool = False  # speech
+    taught: bool = False  # one trained teacher
+    asked: str | None = None  # a hash of what it asks its teacher
+
+
+def ask(configurations: Sequence[Sequence[str]]) -> list[dict | str]:
+    """The fields of a `Verdict`, or a message about a mistake."""
     argv = [sys.executable, "-m", __name__, *(",".join(files) for files in configurations)]
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -29,12 +38,15 @@ def ask(configurations: Sequence[Sequence[str]]) -> list[bool | str]:
 def main(configurations: Sequence[str]) -> None:
     """Prints the verdicts."""
     with contextlib.redirect_stdout(sys.stderr):  # ESPnet talks while it is imported
+        from espnet_pl.bridge.teaching import hash_of_asked, is_taught
         from espnet_pl.bridge.train import ConfigError, load_config, needs_unlabelled
 
-    verdicts: list[bool | str] = []
+    verdicts: list[dict | str] = []
     for files in configurations:
         try:
-            verdicts.append(bool(needs_unlabelled(load_config(files.split(",")))))
+            conf = load_config(files.split(","))
+            found = Verdict(needs_unlabelled(conf), is_taught(conf), hash_of_asked(conf))
+            verdicts.append(found._asdict())
         except ConfigError as error:
             verdicts.append(str(error))
     print(json.dumps(verdicts))

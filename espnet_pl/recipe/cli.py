@@ -7,10 +7,10 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from espnet_pl.recipe import config, launch, progress, report, stages, study
+from espnet_pl.recipe import config, launch, progress, report, stages, study, teachers
 from espnet_pl.recipe.config import RecipeError
 
 NUMBERS = [str(number) for number, _ in enumerate(stages.STAGES, 1)]
@@ -64,13 +64,14 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     needed = config.with_inits(chosen, runs)
     seen = [*args.expdir.glob("*/infer"), *args.expdir.glob("seed*/*/infer")]
     others = sorted({path.parent.name for path in seen} & {*runs} - {*needed})
-    unlabelled = {}
+    verdicts = {}
     if {4, 6} & {*numbers}:
-        unlabelled = config.check_runs(needed, others, runs, args.expdir, write=not args.dry_run)
-    known = {name: run for name, run in runs.items() if name not in others or name in unlabelled}
+        verdicts = config.check_runs(needed, others, runs, args.expdir, write=not args.dry_run)
+        teachers.refuse(runs, verdicts)
+    known = {name: run for name, run in runs.items() if name not in others or name in verdicts}
     plan = stages.Plan(
-        recipe, known, tuple(chosen), tuple(seeds), unlabelled,
-        args.asr_config, args.expdir, args.dumpdir, args.ngpu, args.nj,
+        recipe, known, tuple(chosen), tuple(seeds), verdicts,
+        args.asr_config, args.expdir, args.dumpdir, args.ngpu, args.nj, args.teacher_mode,
     )  # fmt: skip
     for number in numbers:
         stage = stages.STAGES[number - 1]
@@ -82,8 +83,7 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
         if not jobs:
             print("nothing to do")
         inits = {name for name in needed if name not in chosen}
-        # A run that is only a starting point was not named: it stays as it is.
-        force = {j.name for j in jobs if args.force and not inits & {*j.name.split()[1:2]}}
+        force = {job.name for job in jobs if args.force and _redone(job, inits)}
         launch.run(jobs, args.cmd, args.nj, args.dry_run, force, [args.expdir, Path("log")])
         if stage is stages.measure and not args.dry_run:
             table = stages.results(plan)
@@ -92,6 +92,15 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     if not args.dry_run:
         print(f"finished in {progress.duration(time.monotonic() - began)}")
     return 0
+
+
+def _redone(job: launch.Job, inits: Collection[str]) -> bool:
+    """Whether ``--force`` is about a job."""
+    kind, whose = [*job.name.split(), ""][:2]
+    if kind == "label" and (whose in inits or " seed " not in job.name):
+        return bool(job.why())  # for its own sake only; the same speech would be heard again
+    # A run that is only a starting point was not named: it stays as it is.
+    return whose not in inits
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -112,6 +121,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--cmd", default=_backend(), help="local or slurm (cmd.sh)")
     add("--asr_config", type=Path, default=config.ASR, help=f"the model ({config.ASR})")
     add("--expdir", type=Path, help="experiments (exp; exp_NAME with --asr_config conf/NAME.yaml)")
+    add("--teacher_mode", choices=("stored", "online"), help="of runs that are taught (their yaml)")
     add("--dumpdir", type=Path, default=Path("dump"), help="audio made by local/data.sh (dump)")
     for flag, text in (
         ("--dry_run", "print the commands of all stages and touch nothing"),
@@ -162,7 +172,7 @@ def _describe(argv: Sequence[str]) -> str:
         for name, run in runs.items():
             start = f", starts from {run.options.init}" if run.options.init else ""
             others = ", ".join(run.options.teachers)
-            taught = f", taught by {others} too" if others else ""
+            taught = f", taught by {others}" if others else ""
             usual = " (default)" if name in recipe.default else ""
             lines.append(f"  {name:<24} method {run.method}{start}{taught}{usual}")
     except RecipeError as error:

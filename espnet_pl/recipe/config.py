@@ -89,7 +89,8 @@ class RunOptions:
         token_type: ``word``, ``char`` or ``bpe`` (default: the recipe's).  A run that starts from
             one with another token type takes over the encoder only.
         init: the run whose exported model this one starts from.
-        teachers: runs whose exported models label beside the method's own teacher.
+        teachers: runs whose exported models label beside the method's own teacher.  A method that
+            is taught has one: a run, of any tokens, or the path of a model folder or packed zip.
         export: which network users get, ``student`` or ``teacher`` (default: the method's choice).
     """
 
@@ -114,6 +115,7 @@ class Run:
     options: RunOptions
     normalize: str | None  # of the merged configuration: decides whether statistics are needed
     task: str  # the same: which of ESPnet's programs recognises
+    teacher_mode: str  # the same, of a method that is taught: stored or online
 
     @property
     def decode(self) -> Path:
@@ -178,6 +180,7 @@ def load_run(name: str, confs: Mapping[Path, dict], recipe: Recipe) -> Run | Non
     return Run(
         name, tuple(confs), str(merged["method"]), _typed(RunOptions, options, f"{where}, recipe:"),
         merged.get("normalize"), merged.get("task") or "asr",
+        str(merged.get("teacher_mode", "stored")),
     )  # fmt: skip
 
 
@@ -192,12 +195,15 @@ def check_references(runs: Mapping[str, Run]) -> None:
         if run.options.init is not None and run.options.init not in runs:
             raise RecipeError(f"{where} init: {did_you_mean(run.options.init, runs)}")
         for name in run.options.teachers:
-            if name not in runs:
+            if name not in runs and not is_path(name):
                 raise RecipeError(f"{where} teachers: {did_you_mean(name, runs)}")
-            if runs[name].options.token_type != run.options.token_type:
-                raise RecipeError(f"{where} teachers: {name} has another token type")
         if run.options.export not in (None, "student", "teacher"):
             raise RecipeError(f"{where} export: must be student or teacher")
+
+
+def is_path(teacher: str) -> bool:
+    """Whether a teacher is no run but a model from elsewhere."""
+    return "/" in teacher or teacher.endswith(".zip")
 
 
 def files(run: str, asr: Path) -> list[Path]:
@@ -219,7 +225,8 @@ def with_inits(names: Iterable[str], runs: Mapping[str, Run]) -> list[str]:
             raise RecipeError(f"runs that need each other: {' <- '.join((*path, name))}")
         if name not in ordered:
             options = runs[name].options
-            for other in filter(None, [options.init, *options.teachers]):
+            teachers = (teacher for teacher in options.teachers if not is_path(teacher))
+            for other in filter(None, [options.init, *teachers]):
                 visit(other, (*path, name))
             ordered.append(name)
 
@@ -244,8 +251,8 @@ def check_runs(
     runs: Mapping[str, Run],
     expdir: Path,
     write: bool = True,
-) -> dict[str, bool]:
-    """Lets the bridge check the runs' configurations; tells which of them need unlabelled speech.
+) -> dict[str, check.Verdict]:
+    """Lets the bridge check the runs' configurations; tells what each of them needs.
 
     Importing ESPnet takes seconds, so verdicts are kept beside the experiments until a file
     changes.  ``others`` are runs this call is not about: a mistake in one only leaves it out.
@@ -256,7 +263,7 @@ def check_runs(
     for name in [*names, *others]:
         content = [markers.content(path) for path in runs[name].files]
         keys[name] = hashlib.sha256(json.dumps([content, __version__]).encode()).hexdigest()
-    new = [name for name, key in keys.items() if not isinstance(known.get(key), bool)]
+    new = [name for name, key in keys.items() if not isinstance(known.get(key), dict)]
     if new:
         try:
             verdicts = check.ask([[str(path) for path in runs[name].files] for name in new])
@@ -267,8 +274,12 @@ def check_runs(
                 raise RecipeError(verdict)
             known[keys[name]] = verdict
         if write:
-            markers.write(memory, {key: v for key, v in known.items() if isinstance(v, bool)})
-    return {name: known[key] for name, key in keys.items() if isinstance(known[key], bool)}
+            markers.write(memory, {key: v for key, v in known.items() if isinstance(v, dict)})
+    return {
+        name: check.Verdict(**known[key])
+        for name, key in keys.items()
+        if isinstance(known[key], dict)
+    }
 
 
 def mapping(path: Path) -> dict:

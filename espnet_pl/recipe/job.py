@@ -27,6 +27,7 @@ class Job:
         resumes: a checkpoint in a folder of its own that an unfinished job continues from.  The
             folder belongs to one configuration: a job of another one refuses it.
         here: too small for a queue.
+        regardless: flags of the command whose values leave the result as it is.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)
     resumes: Path | None = None
     here: bool = False
+    regardless: tuple[str, ...] = ()
 
     @property
     def marker(self) -> Path:

@@ -75,11 +75,11 @@ def _hash(path: str, size: int, mtime: int) -> str:
 
 def fingerprint(job) -> dict:
     """Everything the result of a `launch.Job` depends on."""
-    argv, skip = [], False
+    argv, skip, volatile = [], False, (*VOLATILE, *job.regardless)
     for word in job.argv:
-        if not skip and word not in VOLATILE:
+        if not skip and word not in volatile:
             argv.append(word)
-        skip = not skip and word in VOLATILE
+        skip = not skip and word in volatile
     inputs = {str(path): content(path) for path in job.inputs}
     # Through JSON, to be equal to what is read back (keys are strings, tuples lists).
     found = {"argv": argv, "env": dict(job.env), "inputs": inputs}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from espnet_pl.recipe import config, parts
+from espnet_pl.recipe import check, config, parts, teachers
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
 
@@ -25,12 +25,13 @@ class Plan:
     runs: dict[str, config.Run]
     chosen: tuple[str, ...]
     seeds: tuple[int, ...]
-    unlabelled: dict[str, bool]  # which runs need unlabelled speech
+    verdicts: dict[str, check.Verdict]  # what the methods of the runs need
     asr: Path = config.ASR
     expdir: Path = Path("exp")
     dumpdir: Path = Path("dump")
     ngpu: int = 0
     nj: int = 1
+    teacher_mode: str | None = None  # of runs that are taught; None: as each of them says
 
     def dir(self, run: str, seed: int) -> Path:
         """The folder of a run."""
@@ -103,10 +104,11 @@ def collect_stats(plan: Plan) -> Iterator[Job]:
 
 def train(plan: Plan) -> Iterator[Job]:
     """Train the runs and, before them, those they start from; export each as a stock model."""
-    recipe = plan.recipe
+    recipe, labelling = plan.recipe, set()
     for seed in plan.seeds:
         for name in config.with_inits(plan.chosen, plan.runs):
             run, options, folder = plan.runs[name], plan.runs[name].options, plan.dir(name, seed)
+            verdict = plan.verdicts.get(name, check.Verdict())
             argv, inputs = _training(plan, options.labelled, options.token_type)
             argv += [word for path in run.files for word in ("--config", str(path))]
             argv += ["--seed", str(seed), "--ngpu", str(plan.ngpu), "--output_dir", str(folder)]
@@ -114,7 +116,7 @@ def train(plan: Plan) -> Iterator[Job]:
             if run.normalize == "global_mvn":
                 argv += ["--normalize_conf", f"stats_file={_stats(plan)}"]
                 inputs.append(_stats(plan))
-            if plan.unlabelled.get(name):
+            if verdict.unlabelled:
                 other = options.unlabelled
                 if not other:
                     raise RecipeError(f"recipe.yaml: {name} needs a set 'unlabelled'")
@@ -131,8 +133,19 @@ def train(plan: Plan) -> Iterator[Job]:
                 argv += ["--init_param", str(start) if same else f"{start}:encoder:encoder"]
                 inputs.append(start)
             for teacher in options.teachers:
-                argv += ["--teachers", str(plan.dir(teacher, seed) / "model")]
-                inputs += _model(plan.dir(teacher, seed))
+                model, files = teachers.files(plan, teacher, seed)
+                argv += ["--teachers", str(model)]
+                inputs += files
+            if verdict.taught:
+                mode = plan.teacher_mode or run.teacher_mode
+                argv += ["--teacher_mode", mode] if mode != run.teacher_mode else []
+                if mode == "stored":
+                    job = teachers.label(plan, name, seed)
+                    argv += ["--teacher_store", str(job.log.parent)]
+                    inputs += job.outputs
+                    if job.name not in labelling:  # runs that ask the same share what is said
+                        labelling.add(job.name)
+                        yield job
             job = Job(
                 f"train {name} seed {seed}", (*argv, "--resume", "true"), folder / "train.log",
                 gpus=plan.ngpu, inputs=tuple(inputs), outputs=(folder / "config.yaml",),

@@ -15,7 +15,7 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.delenv("cmd_backend", raising=False)
     monkeypatch.setattr(markers, "environment", lambda: {"commit": "none"})
-    monkeypatch.setattr(check, "ask", lambda files: ["slimipl" in names[-1] for names in files])
+    monkeypatch.setattr(check, "ask", toy.verdicts)
     monkeypatch.setattr(local, "_start", toy.stand_in)
     toy.STARTED.clear()
     Path("recipe.yaml").write_text(

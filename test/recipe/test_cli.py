@@ -177,6 +177,13 @@ def test_the_bridge_is_asked(monkeypatch):
     )
     Path("conf/oracle.yaml").write_text("method: supervised\nmax_epohc: 3\n")
     files = [["conf/asr.yaml", f"conf/{name}.yaml"] for name in ("supervised", "slimipl", "oracle")]
-    supervised, slimipl, oracle = ASK(files)
-    assert (supervised, slimipl) == (False, True)
+    Path("conf/taught.yaml").write_text("method: test.bridge.taught\nmethod_conf: {weight: 2.0}\n")
+    Path("conf/wider.yaml").write_text("method: test.bridge.taught\nmethod_conf: {beam: 3}\n")
+    Path("conf/same.yaml").write_text("method: test.bridge.taught\nmethod_conf: {beam: 2}\n")
+    files += [["conf/asr.yaml", f"conf/{name}.yaml"] for name in ("taught", "wider", "same")]
+    supervised, slimipl, oracle, taught, wider, same = ASK(files)
+    assert check.Verdict(**supervised) == (False, False, None)
+    assert check.Verdict(**slimipl) == (True, False, None)
+    assert taught["unlabelled"] and taught["taught"] and taught == same
+    assert wider["asked"] not in (taught["asked"], None)
     assert "max_epohc" in oracle and "max_epoch" in oracle
