@@ -492,6 +492,27 @@ FAULTS = {
     "the consensus is the sequence farthest from all": Fault(
         "espnet_pl/parts/decoding.py", "min(sequences, key", "max(sequences, key", PARTS
     ),
+    "a damaged record is believed": Fault(
+        "espnet_pl/parts/store.py", " or _checksum(utt_id, payload) != checksum", "", PARTS
+    ),
+    "a label without a spelling is learnt": Fault(
+        "espnet_pl/bridge/teachers.py",
+        "not written or unknown in written",
+        "not written",
+        f"{BRIDGE}/test_teachers.py",
+    ),
+    "records of another teacher are read": Fault(
+        "espnet_pl/bridge/teaching.py",
+        'expected = {"teacher": teachers.hash_of(args.teachers[0]), ',
+        "expected = {",
+        f"{BRIDGE}/test_label.py",
+    ),
+    "runs that ask something else share what is said": Fault(
+        "espnet_pl/recipe/teachers.py",
+        "[str(plan.verdicts[name].asked), str(other)]",
+        "[str(other)]",
+        "test/recipe/test_teachers.py",
+    ),
 }
 
 

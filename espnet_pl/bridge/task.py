@@ -157,9 +157,7 @@ class _Learning:
 
     @classmethod
     def _build_method(cls, args: argparse.Namespace, student: Recogniser) -> Method:
-        if (
-            args.collect_stats
-        ):  # of the features; no method is asked, and its data need not be there
+        if args.collect_stats:  # of features: what a method needs may not be there yet
             return build("supervised", {}, student)
         resources = {"truth": cls._read_truth(args)}
         if teaching.is_taught(vars(args)):
