@@ -102,7 +102,7 @@ class Method(PseudoLabelling):
         if stored is not None:
             records = [stored.get(utt_id) for utt_id in x.utt_id]
         else:
-            records = self.ask(self.config, self.teacher, x)
+            records = self.ask(self.config, self.teacher.to(x.speech.device), x)
         records = [self._understood(own) for own in records]
         return Labels(likeliest(records), None, records)
 
