@@ -5,10 +5,13 @@ A block of the page is written anew between its lines,
     <!-- table fsdd: against hard-10: * -->           cells by patterns, differences to one of them
     <!-- table fsdd: against hard-10 on test: * -->   the same on other speech than the first set
     <!-- figure fsdd: blank_share frame_entropy: hard-none soft-none -->
+    <!-- ladder fsdd: on test: hard full -->          cells X-hard, X-full of teachers teacher-X
     <!-- end -->
 
 everything else is left as it is.  A figure lies beside the page, with one panel for each quantity
-and one line for each cell: the mean of its seeds, and each seed thinly.
+and one line for each cell: the mean of its seeds, and each seed thinly.  A ladder is a table, and a
+figure of students' errors against their teachers', with one line for each way to learn; differences
+are to the first.
 
 Usage: tools/study_page.py soft_pl
 """
@@ -25,7 +28,9 @@ import numpy as np
 from espnet_pl.recipe import measure
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/studies"
-BLOCK = re.compile(r"(<!-- (table|figure) ([^:]+): ([^:]+): (.+?) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(
+    r"(<!-- (table|figure|ladder) ([^:]+): ([^:]+): (.+?) -->\n).*?(<!-- end -->)", re.S
+)
 LAST = 100  # updates at the end of a training over which a quantity is averaged
 
 
@@ -101,10 +106,8 @@ def table(cells: dict, what: str, patterns: str) -> str:
         records = cells[cell]
         rates = rate(records, sets)
         each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
-        differs = ""
-        if cell != base and base in cells and (found := interval(records, cells[base], sets)):
-            mean, low, high, n = found
-            differs = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {measure.verdict(low, high, n)}"
+        compared = cell != base and base in cells
+        differs = difference(records, cells[base], sets) if compared else ""
         ends = [last(records, f"student_{name}") for name in ("blank_share", "frame_entropy")]
         wrong = last(records, "label_error_rate")
         numbers = [*("–" if x is None else f"{x:.3f}" for x in ends)]
@@ -123,6 +126,65 @@ def table(cells: dict, what: str, patterns: str) -> str:
         ]
         lines.append(f"|{'|'.join(row)}|")
     return "\n".join(lines) + "\n"
+
+
+def difference(mine: dict[int, dict], base: dict[int, dict], sets: list[str]) -> str:
+    """``interval`` in words; nothing without seeds that both have."""
+    found = interval(mine, base, sets)
+    if not found:
+        return ""
+    mean, low, high, n = found
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {measure.verdict(low, high, n)}"
+
+
+def ladder(cells: dict, what: str, suffixes: str, path: Path) -> str:
+    """Students by their teachers, the best one first; draws the picture too."""
+    sets = what.removeprefix("on").strip().split(",")
+    worse = {name: np.mean(rate(cells[name], sets)) for name in picked(cells, "teacher-*")}
+    teachers = sorted(worse, key=worse.get)
+    ways = suffixes.split()
+    lines = ["|" + "|".join(["student", *(f"{t}: {worse[t]:.1f} %" for t in teachers)]) + "|"]
+    lines.append("|---" * (len(teachers) + 1) + "|")
+    points = {}
+    for way in ways:
+        row, points[way] = [way], []
+        for teacher in teachers:
+            name, base = (f"{teacher.removeprefix('teacher-')}-{w}" for w in (way, ways[0]))
+            if name not in cells:
+                row.append("–")
+                continue
+            rates = rate(cells[name], sets)
+            points[way].append((worse[teacher], np.mean(rates), rates))
+            each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
+            told = difference(cells[name], cells[base], sets) if base in cells else ""
+            row.append(f"**{np.mean(rates):.1f}**{each} {told if way != ways[0] else ''}".strip())
+        lines.append(f"|{'|'.join(row)}|")
+    _draw_ladder(points, path)
+    return "\n".join(lines) + "\n"
+
+
+def _draw_ladder(points: dict[str, list], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    made, axis = plt.subplots(figsize=(6.4, 4.6))
+    for number, (way, several) in enumerate(points.items()):
+        if several:
+            x, y, each = zip(*several)
+            axis.plot(x, y, color=f"C{number}", label=way, marker="o")
+            for at, rates in zip(x, each):
+                axis.plot([at] * len(rates), rates, ".", color=f"C{number}", alpha=0.4)
+    ends = sorted(x for several in points.values() for x, *_ in several)
+    axis.plot([ends[0], ends[-1]], [ends[0], ends[-1]], ":", color="grey", label="its teacher")
+    axis.set_xlabel("teacher, WER %")
+    axis.set_ylabel("student, WER %")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    made.tight_layout()
+    made.savefig(path, dpi=110)
+    plt.close(made)
 
 
 def figure(cells: dict, quantities: str, patterns: str, path: Path) -> None:
@@ -166,12 +228,16 @@ def fill(study: str, folder: Path = FOLDER) -> None:
         nonlocal figures
         head, kind, corpus, what, patterns, end = match.groups()
         cells = records.get(corpus.strip(), {})
-        if not picked(cells, patterns):
+        wanted = "teacher-*" if kind == "ladder" else patterns
+        if not picked(cells, wanted):
             raise SystemExit(f"{page}: no record of {corpus} fits {patterns!r}")
         if kind == "table":
             return head + table(cells, what.strip(), patterns) + end
         figures += 1
         path = folder / f"{study}_{figures}.png"
+        if kind == "ladder":
+            lines = ladder(cells, what.strip(), patterns, path)
+            return f"{head}{lines}\n![{patterns} on {corpus}, by teacher]({path.name})\n{end}"
         figure(cells, what, patterns, path)
         return f"{head}![{what} of {patterns} on {corpus}]({path.name})\n{end}"
 

@@ -61,6 +61,14 @@ def test_steps(bench):
         assert row["seconds"] > 0 and f"| {name} |" in printed
 
 
+@reads_memory
+def test_distillation(bench):
+    printed, result = bench("distillation")
+    assert result["rows"]["supervised"]["ratio"] == 1.0 and len(result["rows"]) == 9
+    for name, row in result["rows"].items():
+        assert row["seconds"] > 0 and f"| {name} |" in printed
+
+
 def test_proposals(bench):
     printed, result = bench("proposals")
     for title, rows in result["cases"].items():

@@ -106,6 +106,23 @@ def test_other_speech_than_the_first_set_has_a_table_of_its_own(folder):
     assert "(37.5, 37.5, 37.5)|+0.0 [+0.0, +0.0]" in text
 
 
+def test_a_ladder_of_teachers(folder):
+    wrong_of = {"teacher-good": 2, "teacher-bad": 12, "good-hard": 4, "bad-hard": 14}
+    for cell, wrong in {**wrong_of, "good-full": 3, "bad-full": 8}.items():
+        for seed in (1, 2, 3):
+            path = folder / f"data/soft/toy.{cell}.{seed}.json"
+            path.write_text(json.dumps(record(cell, seed, wrong + seed)))
+    (folder / "soft.md").write_text("<!-- ladder toy: on dev: hard full new -->\n<!-- end -->\n")
+    page.fill("soft", folder)
+    lines = (folder / "soft.md").read_text().splitlines()
+    assert lines[1] == "|student|teacher-good: 4.0 %|teacher-bad: 14.0 %|"
+    assert lines[3] == "|hard|**6.0** (5.0, 6.0, 7.0)|**16.0** (15.0, 16.0, 17.0)|"
+    good, bad = lines[4].split("|")[2:4]
+    assert good.startswith("**5.0** (4.0, 5.0, 6.0) -1.0 [") and bad.endswith("better")
+    assert lines[5] == "|new|–|–|"
+    assert "](soft_1.png)" in lines[7] and (folder / "soft_1.png").stat().st_size > 1000
+
+
 def test_a_pattern_that_nothing_fits_is_told(folder):
     (folder / "soft.md").write_text(TEXT.replace("hard: *", "hard: sfot*"))
     with pytest.raises(SystemExit, match="no record of toy fits 'sfot"):
