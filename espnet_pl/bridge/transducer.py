@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer, Hypothesis
 from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
+from espnet2.asr_transducer.encoder.blocks.conv_input import ConvInput
 from espnet2.asr_transducer.error_calculator import ErrorCalculator
 from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerModel
 from espnet2.asr_transducer.joint_network import JointNetwork
@@ -116,6 +117,8 @@ def lend_loss(net: ESPnetASRTransducerModel) -> ESPnetASRTransducerModel:
     if next(net.joint_network.joint_activation.parameters(), None) is not None:
         raise ConfigError("joint_network_conf: an activation with parameters cannot be used")
     net.__class__, net.joint_network.__class__ = _Transducer, _Projections
+    if type(net.encoder.embed) is ConvInput:
+        net.encoder.embed.__class__ = _ConvInput
     return net
 
 
@@ -132,6 +135,36 @@ class _Projections(JointNetwork):
         if enc_out.dim() < 4 or no_projection:
             return super().forward(enc_out, dec_out, no_projection)
         return _Operands(self.lin_enc(enc_out), self.lin_dec(dec_out))
+
+
+class _ConvInput(ConvInput):
+    """Knows what of its output is padding.
+
+    The stock one cuts the mask of the frames before subsampling to the length of those after it, so
+    that in a batch padding is speech to the encoder and the loss, unless an utterance is shorter
+    than a fourth of the longest.  Alone, as in recognition, none is padded.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x, _ = super().forward(x)
+        if mask is None:
+            return x, None
+        frames = _after(self.conv, (~mask).sum(1))
+        return x, torch.arange(x.shape[1], device=x.device) >= frames[:, None]
+
+
+def _after(layers: nn.Sequential, frames: Tensor) -> Tensor:
+    """How many of these frames there are behind convolutions and poolings."""
+    for layer in layers:
+        if not hasattr(layer, "kernel_size"):
+            continue
+        of_time = (layer.kernel_size, layer.stride, layer.padding)
+        kernel, stride, padding = (x if isinstance(x, int) else x[0] for x in of_time)
+        room = frames + 2 * padding - kernel
+        frames = room.div(stride, rounding_mode="floor") + 1
+        if getattr(layer, "ceil_mode", False):  # one more that sees some, if any are left
+            frames = frames + ((room % stride > 0) & (frames * stride < room + kernel - padding))
+    return frames.clamp(min=0)
 
 
 class _Errors(ErrorCalculator):

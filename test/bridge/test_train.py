@@ -9,9 +9,10 @@ from espnet2.tasks.asr import ASRTask
 
 from espnet_pl.bridge.export import export
 from espnet_pl.bridge.train import ConfigError, load_config, main, needs_unlabelled
-from espnet_pl.methods.base import methods
+from espnet_pl.methods.base import methods, module_of
 from espnet_pl.parts.cache import PseudoLabelCache
 from test.bridge.conftest import DECODER
+from test.bridge.models import model_folder
 
 SMALL = {"capacity": 2, "unlabelled": 2, "replace": 0.5}
 
@@ -33,12 +34,20 @@ def conf_of(method):
     return {"slimipl": SMALL | views, "mpl": views}.get(method, {})
 
 
+def teacher_of(method, tmp_path):
+    """What a method that is taught cannot do without, on the command line."""
+    if not module_of(method).Method.taught:
+        return []
+    folder = model_folder(tmp_path / "teacher", "attention")
+    return ["--teachers", str(folder), "--teacher_mode", "online"]
+
+
 @pytest.mark.parametrize("method", methods())
 def test_a_restart_continues_bit_by_bit(method, arguments, tmp_path):
-    conf = conf_of(method)
-    main(arguments(method, "whole", conf, max_epoch=3))
-    main(arguments(method, "parts", conf, max_epoch=1))
-    main([*arguments(method, "parts", conf, max_epoch=3), "--resume", "true"])
+    conf, more = conf_of(method), teacher_of(method, tmp_path)
+    main([*arguments(method, "whole", conf, max_epoch=3), *more])
+    main([*arguments(method, "parts", conf, max_epoch=1), *more])
+    main([*arguments(method, "parts", conf, max_epoch=3), *more, "--resume", "true"])
     whole, parts = (weights(tmp_path / d / "checkpoint.pth") for d in ("whole", "parts"))
     assert same(whole["model"], parts["model"])
     assert same(whole["optimizers"], parts["optimizers"])
@@ -111,15 +120,8 @@ def test_a_teacher_is_exported_only_where_there_is_one(arguments, tmp_path):
 
 @pytest.mark.parametrize("method", methods())
 def test_attention_models_train_too(method, arguments, tmp_path):
-    main(
-        arguments(
-            method,
-            method_conf=conf_of(method),
-            max_epoch=1,
-            **DECODER,
-            model_conf={"ctc_weight": 0.3},
-        )
-    )
+    changes = dict(method_conf=conf_of(method), max_epoch=1, model_conf={"ctc_weight": 0.3})
+    main([*arguments(method, **DECODER, **changes), *teacher_of(method, tmp_path)])
     names = weights(tmp_path / "exp/1epoch.pth")
     assert any(k.startswith("decoder.") for k in names)
     assert all(v.isfinite().all() for v in names.values() if v.is_floating_point())

@@ -66,10 +66,10 @@ def test_the_loss_and_its_gradients_are_those_of_the_dense_network(decoder, acti
         joint_network_conf={"joint_space_size": 8, "joint_activation_type": activation},
     ).eval()  # fmt: skip
     names = [*net.state_dict()]
-    expected = dense_loss(net)
-    gradients = torch.autograd.grad(expected, [*net.parameters()], materialize_grads=True)
     lend_loss(net)
     assert [*net.state_dict()] == names
+    expected = dense_loss(net)
+    gradients = torch.autograd.grad(expected, [*net.parameters()], materialize_grads=True)
     loss, stats, _ = net(**batch())
     torch.testing.assert_close(loss.squeeze().double(), expected)
     torch.testing.assert_close(stats["loss_transducer"].squeeze(), loss.detach().squeeze())
