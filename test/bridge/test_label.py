@@ -31,8 +31,8 @@ NAME = "test.bridge.taught"
 
 @pytest.fixture
 def teacher(tmp_path):
-    """Of another family than the student, and with other tokens."""
-    return model_folder(tmp_path / "teacher", "transducer", LETTERS, "char")
+    """Of another family than the student, and with other tokens; what it says can be learnt."""
+    return model_folder(tmp_path / "teacher", "transducer", LETTERS, "char", seed=3)
 
 
 @pytest.fixture
@@ -85,6 +85,9 @@ def test_a_training_learns_the_same_from_records_and_from_the_teacher(
     assert given["records"] is None and not given["teacher"].training
     assert stored.keys() == online.keys()
     assert all(torch.equal(stored[name], online[name]) for name in stored)
+    other = model_folder(tmp_path / "other", "transducer", LETTERS, "char", seed=4)
+    otherwise = train("--teacher_mode", "online", out="otherwise", given=[other], **alone)
+    assert any(not torch.equal(stored[name], otherwise[name]) for name in stored)
     # What is exported is stock again, and the checkpoint has nothing of the teacher.
     export(tmp_path / "stored", tmp_path / "stored/model")
     config = yaml.safe_load((tmp_path / "stored/model/config.yaml").read_text())
