@@ -35,14 +35,14 @@ from espnet_pl.parts.cache import Record
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.hypotheses import likeliest
 from espnet_pl.parts.nodes import OF_NODES, NodeObjectives, node_objective, nodes_of
-from espnet_pl.parts.objectives import objective
-from espnet_pl.parts.pseudo_labels import Labels, propose
+from espnet_pl.parts.objectives import Objectives, objective, record
+from espnet_pl.parts.pseudo_labels import Labels
 from espnet_pl.parts.teacher import weak_view
 
 
 @dataclass(frozen=True)
 class Config(NodeObjectives, PseudoLabellingConfig):
-    """Fields that are not set keep these values; none of them is a paper's, but for l1's place."""
+    """Fields that are not set keep these values; none of them is a paper's."""
 
     labelled: int = 1  # N_L; 0: pseudo-labels only
     unlabelled: int = 1  # N_U
@@ -88,14 +88,14 @@ class Method(PseudoLabelling):
     @classmethod
     def ask(cls, config: Any, teacher: torch.nn.Module, x: base.Utterances) -> list[Record]:
         """Hypotheses with their full sums, best first, and what is wanted of ŷ's lattice."""
-        how = NodeObjectives(beam=config.beam, label="best", full_sum=1.0)
-        made = propose(teacher, x, how)
-        records = made.records
-        if config.by_nodes:
-            with weak_view(teacher):
-                nodes = nodes_of(config, teacher.hear(x), likeliest(records))
-            records = [own | more for own, more in zip(records, nodes)]
-        return [{k: v for k, v in own.items() if k != "log_w"} for own in records]
+        how = Objectives(beam=config.beam, label="best", full_sum=1.0)
+        with weak_view(teacher):
+            heard = teacher.hear(x)
+            records = record(how, heard, teacher.blank)
+            nodes = nodes_of(config, heard, likeliest(records))
+        for own in records:
+            del own["log_w"]  # of a κ, which is chosen when it is learnt
+        return [own | more for own, more in zip(records, nodes)]
 
     def _said(self, student, x, how):
         stored = self.resources.get("records")

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 import yaml
 from common import ROOT, fresh, machine, parser, reset_peak, status, timed
-from steps import noise, speech
+from steps import noise, speech, update
 
 from espnet_pl.bridge.model import PLModel
 from espnet_pl.bridge.task import PLTransducerTask
@@ -70,12 +70,7 @@ class Learner:
 
     def update(self) -> None:
         """One."""
-        self.optimiser.zero_grad()
-        terms = self.model.method(self.model.student, self.batch)
-        sum(t.weight * t.value for t in terms.values() if t.weight).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.student.parameters(), 5.0)
-        self.optimiser.step()
-        self.model.method.after_step(self.model.student)
+        update(self.model, self.optimiser, self.batch)
 
 
 def networks(args) -> tuple[torch.nn.Module, torch.nn.Module, int]:

@@ -73,12 +73,17 @@ class Learner:
 
     def update(self, place: int) -> None:
         """The update at this place of a period."""
-        self.optimiser.zero_grad()
-        terms = self.model.method(self.model.student, self.batches[place])
-        sum(t.weight * t.value for t in terms.values() if t.weight).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.student.parameters(), 5.0)
-        self.optimiser.step()
-        self.model.method.after_step(self.model.student)
+        update(self.model, self.optimiser, self.batches[place])
+
+
+def update(model: PLModel, optimiser: torch.optim.Optimizer, batch: Batch) -> None:
+    """What ESPnet's trainer does with a batch."""
+    optimiser.zero_grad()
+    terms = model.method(model.student, batch)
+    sum(t.weight * t.value for t in terms.values() if t.weight).backward()
+    torch.nn.utils.clip_grad_norm_(model.student.parameters(), 5.0)
+    optimiser.step()
+    model.method.after_step(model.student)
 
 
 def trained(recipe: Path) -> tuple[torch.nn.Module, int]:
