@@ -19,6 +19,7 @@ from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
 from espnet_pl.parts.store import Reader, StoreError
 
 MODES = ("stored", "online")
+RECORDS = 2  # other than 1, they say how many hypotheses were dropped; records of 1 are made anew
 
 
 def is_taught(config: Mapping[str, Any]) -> bool:
@@ -31,6 +32,7 @@ def asked(config: Mapping[str, Any]) -> dict[str, Any]:
     name = config["method"]
     settings = config_of(name, config.get("method_conf") or {})
     return {
+        "records": RECORDS,
         "method": name,
         "settings": module_of(name).Method.asked(settings),
         "speech_volume_normalize": config.get("speech_volume_normalize"),

@@ -14,9 +14,9 @@ Equation: L = L_sup on N_L and λ · L_u on N_U of N_L + N_U updates, with the t
 Differs from the paper: unverified, for its text was not at hand, are D, whether the loss on hard
     labels is added, κ, the number of hypotheses and the form of the discriminative loss.  Full sums
     are of the best of some hypotheses by their full sums, not of a beam search's first; those of a
-    transducer are its best path and what its CTC layer proposes.  Hypotheses that say nothing or
-    have no score are dropped; those that become the same in the student's tokens are one, with the
-    sum of their probabilities.
+    transducer are its best path and what its CTC layer proposes.  Hypotheses that say nothing, have
+    no score or are too long are dropped and counted; those that become the same in the student's
+    tokens are one, with the sum of their probabilities.
     The student may be any other that has a score: full sums of CTC are distilled alike.
 Cost: per unlabelled update one training pass, and a full sum for each hypothesis; the teacher is
     asked once (teacher_mode: stored), or in each update (online).
@@ -38,6 +38,8 @@ from espnet_pl.parts.nodes import OF_NODES, NodeObjectives, node_objective, node
 from espnet_pl.parts.objectives import Objectives, objective, record
 from espnet_pl.parts.pseudo_labels import Labels
 from espnet_pl.parts.teacher import weak_view
+
+DROPPED = ("empty", "without_score", "same", "too_long")  # hypotheses, and why
 
 
 @dataclass(frozen=True)
@@ -110,18 +112,23 @@ class Method(PseudoLabelling):
         """A record in the student's tokens, with the teacher's opinion at this κ."""
         rows = zip(own["labels"].tolist(), own["lengths"].tolist(), own["log_p"].tolist())
         scores: dict[tuple[int, ...], list[float]] = {}
+        understood = 0
         for row, length, log_p in rows:
             if y := self.translate(row[:length]):
                 scores.setdefault(tuple(y), []).append(log_p)
+                understood += 1
         total = {y: float(torch.tensor(s).logsumexp(0)) for y, s in scores.items()}
         best = sorted(total, key=total.get, reverse=True)
         text, lengths = pad([list(y) for y in best])
         log_p = torch.tensor([total[y] for y in best])
         of = torch.zeros_like(lengths)
         log_w = posterior(log_p, of, 1, self.config.scale)
-        lost = torch.tensor([len(own["labels"]) - len(best)])
-        said = {"labels": text, "lengths": lengths, "log_p": log_p, "log_w": log_w, "lost": lost}
-        return {**own, **said}
+        empty, no_score = own["dropped"].tolist()
+        empty += len(own["labels"]) - understood
+        too_long = int((lengths > self.config.max_labels).sum())
+        dropped = torch.tensor([empty, no_score, understood - len(best), too_long])
+        said = {"labels": text, "lengths": lengths, "log_p": log_p, "log_w": log_w}
+        return {**own, **said, "dropped": dropped}
 
     def objective(self, heard, labels, records):
         summands, numbers = objective(self.config, heard, labels, records, self.config.max_labels)
@@ -130,8 +137,10 @@ class Method(PseudoLabelling):
                 self.config, heard, labels, records, self.config.max_labels,
                 self.teacher and self.teacher.joint,
             )  # fmt: skip
-        numbers["hypotheses"] = sum(len(own["lengths"]) for own in records) / len(records)
-        numbers["hypotheses_lost"] = sum(float(own["lost"]) for own in records) / len(records)
+        dropped = torch.stack([own["dropped"] for own in records]).float().mean(0).tolist()
+        numbers |= {f"hypotheses_{why}": number for why, number in zip(DROPPED, dropped)}
+        there = sum(len(own["lengths"]) for own in records) / len(records)
+        numbers["hypotheses"] = there - numbers["hypotheses_too_long"]
         return summands, numbers
 
 

@@ -12,9 +12,14 @@ from espnet_pl.parts.decoding import collapse
 from espnet_pl.parts.search import Proposal
 
 
-def possible(found: Sequence[Sequence[Proposal]]) -> list[list[Proposal]]:
-    """Those that say something, with a score."""
-    return [[p for p in own if p.labels and math.isfinite(p.log_p)] for own in found]
+def possible(
+    found: Sequence[Sequence[Proposal]],
+) -> tuple[list[list[Proposal]], Int[Tensor, "n 2"]]:
+    """Those that say something, with a score; and of how many each is not true."""
+    good = [[p for p in own if p.labels and math.isfinite(p.log_p)] for own in found]
+    empty = [sum(not p.labels for p in own) for own in found]
+    of_no_score = [len(own) - len(kept) - n for own, kept, n in zip(found, good, empty)]
+    return good, torch.tensor([empty, of_no_score], dtype=torch.long).T
 
 
 def draw(

@@ -181,7 +181,7 @@ def record(how: Objectives, heard: Any, blank: int) -> list[Record]:
     if how.by_hypotheses:
         if found is None:
             found = draw_several(log_p, frames, how.sampling, blank, how.beam)
-        found = possible(found)
+        found, dropped = possible(found)
         labels = [p.labels for own in found for p in own]
         of = torch.tensor([i for i, own in enumerate(found) for _ in own], dtype=torch.long)
         score = torch.tensor([p.log_p for own in found for p in own])
@@ -194,7 +194,7 @@ def record(how: Objectives, heard: Any, blank: int) -> list[Record]:
             mine = (of == i).nonzero()[:, 0]
             own["labels"], own["lengths"], own["log_w"] = text[mine], lengths[mine], log_w[mine]
             if how.full_sum:
-                own["log_p"] = score[mine]
+                own["log_p"], own["dropped"] = score[mine], dropped[i]
         if how.lattice:
             at = log_p.device
             gamma = occupancies(

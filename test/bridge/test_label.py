@@ -18,6 +18,7 @@ import yaml
 
 from espnet_pl.bridge import label, teachers
 from espnet_pl.bridge.export import export
+from espnet_pl.bridge.teaching import RECORDS
 from espnet_pl.bridge.train import ConfigError, load_config, main
 from espnet_pl.parts.store import Reader, StoreError
 from test.bridge import taught
@@ -134,7 +135,8 @@ def test_what_the_records_are(ask, corpus, teacher):
         "answers", "asked", "format", "frames", "teacher", "tokens", "utterances", "wav_ids"
     ]  # fmt: skip
     assert reader.meta["asked"] == {
-        "method": NAME, "settings": {"beam": 2}, "speech_volume_normalize": None
+        "records": RECORDS, "method": NAME, "settings": {"beam": 2},
+        "speech_volume_normalize": None,
     }  # fmt: skip
     assert reader.meta["teacher"] == teachers.hash_of(teacher) and reader.meta["utterances"] == 10
     done = json.loads((store / "done.json").read_text())

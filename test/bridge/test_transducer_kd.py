@@ -45,7 +45,7 @@ def test_a_transducer_learns_from_any_teacher_and_is_a_stock_one(kind, learn, tm
     nodes = ["pseudo_collapsed", "pseudo_one_best"]
     for name in ("pseudo", "pseudo_full_sum", "pseudo_discriminative", "pseudo_ranking", *nodes):
         assert (f" {name}=" in caplog.text) == (name not in nodes or kind == "transducer"), name
-    assert "student_surer=" in caplog.text and "hypotheses_lost=" in caplog.text
+    assert "student_surer=" in caplog.text and "hypotheses_same=" in caplog.text
     exp = tmp_path / "exp"
     export(exp, exp / "model")
     net, _ = ASRTransducerTask.build_model_from_file(

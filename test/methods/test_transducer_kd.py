@@ -15,7 +15,7 @@ from espnet_pl.losses.lattice_distillation import (
     path_targets,
 )
 from espnet_pl.methods.base import ConfigError, build, config_of
-from espnet_pl.methods.transducer_kd import Method
+from espnet_pl.methods.transducer_kd import DROPPED, Method
 from espnet_pl.parts.decoding import pad
 from test.toys import ToyStudent, ToyTransducer, batch, speaking_student, utterances
 
@@ -164,12 +164,17 @@ def test_other_tokens_are_translated_and_what_becomes_the_same_is_one():
     _, method, _ = pair(ranking=1.0, full_sum=1.0, resources={"translate": translate})
     text, lengths = pad([[1, 4], [2], [1, 3], [1]])
     log_p = torch.tensor([-2.0, -0.1, -3.0, -4.0])
-    own = method._understood({"labels": text, "lengths": lengths, "log_p": log_p})
+    dropped = torch.tensor([3, 2])  # when the teacher was asked
+    own = method._understood(
+        {"labels": text, "lengths": lengths, "log_p": log_p, "dropped": dropped}
+    )
     assert own["labels"].tolist() == [[1, 3], [1, -1]] and own["lengths"].tolist() == [2, 1]
     expected = torch.tensor([torch.tensor([-2.0, -3.0]).logsumexp(0), -4.0])
     torch.testing.assert_close(own["log_p"], expected)
     torch.testing.assert_close(own["log_w"], expected.log_softmax(0))
-    assert own["lost"].tolist() == [2]
+    assert dict(zip(DROPPED, own["dropped"].tolist())) == {
+        "empty": 4, "without_score": 2, "same": 1, "too_long": 0,
+    }  # fmt: skip
 
 
 def test_hypotheses_that_cannot_be_used_are_dropped_and_counted():
@@ -194,6 +199,8 @@ def test_hypotheses_that_cannot_be_used_are_dropped_and_counted():
     terms = method.unlabelled(student, x)
     assert terms["labels_empty"].value == pytest.approx(1 / 3)
     assert terms["labels_too_long"].value == pytest.approx(1 / 3)
+    too_long = sum(int((own["lengths"] > 2).sum()) for own in records)
+    assert terms["hypotheses_too_long"].value == pytest.approx(too_long / 3) and too_long >= 2
     learnt = [name for name in terms if name.startswith("pseudo")]
     assert len(learnt) == 5
     sum(terms[name].value for name in learnt).backward()

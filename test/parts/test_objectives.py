@@ -10,7 +10,9 @@ from espnet_pl.losses.ctc import ctc, feasible, log_probability, occupancies
 from espnet_pl.losses.entropy import frame_entropy, token_entropy
 from espnet_pl.losses.soft_labels import kl, soft_labels
 from espnet_pl.parts.decoding import greedy, pad
+from espnet_pl.parts.hypotheses import possible
 from espnet_pl.parts.objectives import Objectives, label, objective, record
+from espnet_pl.parts.search import Proposal
 from test.toys import VOCABULARY, ToyHeard, speaking_student, utterances
 
 HARD = Objectives()
@@ -332,3 +334,11 @@ def test_impossible_settings_are_refused(bad, match):
 def test_a_hard_label_needs_no_record():
     assert record(HARD, ToyHeard(TEACHER, FRAMES), 0) == NOTHING
     assert [f.name for f in dataclasses.fields(Objectives)][:3] == ["hard", "soft", "lattice"]
+
+
+def test_what_a_teacher_is_not_asked_to_teach_is_counted():
+    found = [Proposal([1, 2], -1.0), Proposal([], -0.5), Proposal([3], -math.inf)]
+    found += [Proposal([2], math.nan), Proposal([], -math.inf)]
+    good, dropped = possible([found, found[:1], []])
+    assert good == [found[:1], found[:1], []]
+    assert dropped.tolist() == [[2, 2], [0, 0], [0, 0]]
