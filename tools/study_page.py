@@ -58,17 +58,20 @@ def rate(records: dict[int, dict], sets: list[str]) -> list[float]:
 
 
 def interval(
-    mine: dict[int, dict], base: dict[int, dict], sets: list[str]
+    mine: list[dict[int, dict]], base: list[dict[int, dict]], sets: list[str]
 ) -> tuple[float, float, float, int] | None:
-    """The difference in points, its 95 % interval, and of how many seeds; None without any."""
-    seeds = sorted(set(mine) & set(base))
+    """The difference in points, its 95 % interval, and of how many seeds; None without any.
+
+    Of several cells the errors are summed: [a, d] against [b, c] is (a - b) - (c - d).
+    """
+    seeds = sorted(set.intersection(*(set(cell) for cell in [*mine, *base])))
     if not seeds:
         return None
-    first = base[seeds[0]]
+    first = base[0][seeds[0]]
     keys = [(test, key) for test in sets for key in first["errors"][test]]
     columns = [
-        [sum(record[seed]["errors"][test][key][1:]) for test, key in keys]
-        for record in (mine, base)
+        [sum(sum(cell[seed]["errors"][test][key][1:]) for cell in side) for test, key in keys]
+        for side in (mine, base)
         for seed in seeds
     ]
     units = [sum(first["errors"][test][key][:3]) for test, key in keys]
@@ -107,7 +110,7 @@ def table(cells: dict, what: str, patterns: str) -> str:
         rates = rate(records, sets)
         each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
         compared = cell != base and base in cells
-        differs = difference(records, cells[base], sets) if compared else ""
+        differs = difference([records], [cells[base]], sets) if compared else ""
         ends = [last(records, f"student_{name}") for name in ("blank_share", "frame_entropy")]
         wrong = last(records, "label_error_rate")
         numbers = [*("–" if x is None else f"{x:.3f}" for x in ends)]
@@ -128,7 +131,7 @@ def table(cells: dict, what: str, patterns: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def difference(mine: dict[int, dict], base: dict[int, dict], sets: list[str]) -> str:
+def difference(mine: list[dict[int, dict]], base: list[dict[int, dict]], sets: list[str]) -> str:
     """``interval`` in words; nothing without seeds that both have."""
     found = interval(mine, base, sets)
     if not found:
@@ -138,13 +141,16 @@ def difference(mine: dict[int, dict], base: dict[int, dict], sets: list[str]) ->
 
 
 def ladder(cells: dict, what: str, suffixes: str, path: Path) -> str:
-    """Students by their teachers, the best one first; draws the picture too."""
+    """Students by their teachers, the best one first; draws the picture too.
+
+    The last column is how much worse the worst teacher makes them than the best one.
+    """
     sets = what.removeprefix("on").strip().split(",")
     worse = {name: np.mean(rate(cells[name], sets)) for name in picked(cells, "teacher-*")}
     teachers = sorted(worse, key=worse.get)
     ways = suffixes.split()
-    lines = ["|" + "|".join(["student", *(f"{t}: {worse[t]:.1f} %" for t in teachers)]) + "|"]
-    lines.append("|---" * (len(teachers) + 1) + "|")
+    heads = ["student", *(f"{t}: {worse[t]:.1f} %" for t in teachers), "last − first"]
+    lines = [f"|{'|'.join(heads)}|", "|---" * len(heads) + "|"]
     points = {}
     for way in ways:
         row, points[way] = [way], []
@@ -156,8 +162,20 @@ def ladder(cells: dict, what: str, suffixes: str, path: Path) -> str:
             rates = rate(cells[name], sets)
             points[way].append((worse[teacher], np.mean(rates), rates))
             each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
-            told = difference(cells[name], cells[base], sets) if base in cells else ""
+            told = difference([cells[name]], [cells[base]], sets) if base in cells else ""
             row.append(f"**{np.mean(rates):.1f}**{each} {told if way != ways[0] else ''}".strip())
+        ends = [
+            cells.get(f"{teacher.removeprefix('teacher-')}-{w}")
+            for teacher in (teachers[-1], teachers[0])
+            for w in (way, ways[0])
+        ]
+        if all(ends):
+            worst, base_worst, best, base_best = ends
+            more = np.mean(rate(worst, sets)) - np.mean(rate(best, sets))
+            told = difference([worst, base_best], [best, base_worst], sets)
+            row.append(f"**{more:+.1f}** {told if way != ways[0] else ''}".strip())
+        else:
+            row.append("–")
         lines.append(f"|{'|'.join(row)}|")
     _draw_ladder(points, path)
     return "\n".join(lines) + "\n"

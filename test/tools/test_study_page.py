@@ -72,7 +72,7 @@ def test_a_page_is_filled_and_left_alone_elsewhere(folder):
 
 def test_intervals_are_those_of_the_tables_of_results(folder):
     cells = page.read("soft", folder)["toy"]
-    mean, low, high, seeds = page.interval(cells["soft"], cells["hard"], ["dev"])
+    mean, low, high, seeds = page.interval([cells["soft"]], [cells["hard"]], ["dev"])
     columns = [
         [row[1] for row in cells[cell][seed]["errors"]["dev"].values()]
         for cell in ("soft", "hard")
@@ -87,9 +87,9 @@ def test_intervals_are_those_of_the_tables_of_results(folder):
     for speakers in (None, [0] * 4 + [*range(1, 17)]):
         for cell, wrong in (("hard", 0), ("soft", 4)):
             cells[cell] = {1: record(cell, 1, wrong, speakers)}
-        highest.append(page.interval(cells["soft"], cells["hard"], ["dev"])[2])
+        highest.append(page.interval([cells["soft"]], [cells["hard"]], ["dev"])[2])
     assert highest[1] > highest[0]
-    assert page.interval({1: {}}, {2: {}}, ["dev"]) is None
+    assert page.interval([{1: {}}], [{2: {}}], ["dev"]) is None
 
 
 def test_other_speech_than_the_first_set_has_a_table_of_its_own(folder):
@@ -115,11 +115,12 @@ def test_a_ladder_of_teachers(folder):
     (folder / "soft.md").write_text("<!-- ladder toy: on dev: hard full new -->\n<!-- end -->\n")
     page.fill("soft", folder)
     lines = (folder / "soft.md").read_text().splitlines()
-    assert lines[1] == "|student|teacher-good: 4.0 %|teacher-bad: 14.0 %|"
-    assert lines[3] == "|hard|**6.0** (5.0, 6.0, 7.0)|**16.0** (15.0, 16.0, 17.0)|"
-    good, bad = lines[4].split("|")[2:4]
+    assert lines[1] == "|student|teacher-good: 4.0 %|teacher-bad: 14.0 %|last − first|"
+    assert lines[3] == "|hard|**6.0** (5.0, 6.0, 7.0)|**16.0** (15.0, 16.0, 17.0)|**+10.0**|"
+    good, bad, more = lines[4].split("|")[2:5]
     assert good.startswith("**5.0** (4.0, 5.0, 6.0) -1.0 [") and bad.endswith("better")
-    assert lines[5] == "|new|–|–|"
+    assert more.startswith("**+5.0** -5.0 [") and more.endswith("better")
+    assert lines[5] == "|new|–|–|–|"
     assert "](soft_1.png)" in lines[7] and (folder / "soft_1.png").stat().st_size > 1000
 
 
