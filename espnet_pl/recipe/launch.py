@@ -59,6 +59,7 @@ def run(
     devices = local.devices(max((job.gpus for job in jobs), default=0))
     times, show = progress.Times(history), progress.Display()
     todo, running, done, ran, current = list(jobs), [], set(), [], []
+    due = set(force)  # to be run, known since what they wait for was there: asking reads files
     failure: LaunchError | None = None
     with _Signals() as signals:
         while todo or running:
@@ -66,11 +67,13 @@ def run(
             for job in list(todo):
                 if failure is not None or signals.count or not needs[job.name] <= done:
                     continue
-                if job.name not in force and not job.why():
+                if job.name not in due and not job.why():
                     todo.remove(job)
                     done.add(job.name)
                     current.append(job.name)
-                elif len(running) < max(nj, 1) and len(devices) >= job.gpus:
+                    continue
+                due.add(job.name)
+                if len(running) < max(nj, 1) and len(devices) >= job.gpus:
                     todo.remove(job)
                     own, devices[: job.gpus] = devices[: job.gpus], []
                     try:

@@ -66,6 +66,16 @@ def test_one_at_a_time():
     assert len(launch.run([shell(name, script) for name in "abc"], nj=1)) == 3
 
 
+def test_waiting_jobs_are_not_asked_again_and_again(monkeypatch):
+    """A long study waited at a fifth of a core: it read every file at each look at its children."""
+    asked, why = [], Job.why
+    monkeypatch.setattr(Job, "why", lambda self: asked.append(self.name) or why(self))
+    launch.run([shell(name, "sleep 0.5") for name in "ab"], nj=1)
+    assert len(launch.run([shell(name, "sleep 0.5") for name in "ab"], nj=1)) == 0
+    # Before it starts, for its line when it does, and when it is asked whether it is up to date.
+    assert asked.count("b") <= 4, asked
+
+
 def test_a_failure_lets_the_others_end_and_starts_nothing_more():
     jobs = [
         shell("bad", "exit 1", outputs=(Path("x"),)),
