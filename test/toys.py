@@ -22,7 +22,8 @@ class ToyStudent(nn.Module):
     """Dropout (the strong view), batch normalisation (buffers), and a CTC layer."""
 
     blank = 0
-    answers = frozenset({"supervised", "frame_log_probs", "score", "propose"})
+    answers = frozenset({"supervised", "features", "frame_log_probs", "score", "propose"})
+    feature_size = 16
 
     def __init__(self):
         super().__init__()
@@ -41,19 +42,22 @@ class ToyStudent(nn.Module):
         self.views.append(self.training)
         hidden = torch.tanh(self.hidden(x.speech))
         hidden = self.norm(hidden.transpose(1, 2)).transpose(1, 2)
-        log_p = self.out(self.dropout(hidden)).log_softmax(dim=-1)
-        return ToyHeard(log_p, x.speech_lengths)
+        hidden = self.dropout(hidden)
+        return ToyHeard(self.out(hidden).log_softmax(dim=-1), x.speech_lengths, hidden)
 
 
 class ToyHeard:
-    def __init__(self, log_p, frames):
-        self.log_p, self.frames = log_p, frames
+    def __init__(self, log_p, frames, hidden=None):
+        self.log_p, self.frames, self.hidden = log_p, frames, hidden
 
     def __len__(self):
         return len(self.frames)
 
     def frame_log_probs(self):
         return self.log_p, self.frames
+
+    def features(self):
+        return self.hidden, self.frames
 
     def score(self, labels, of=None):
         text, lengths = pad(labels)
@@ -71,7 +75,7 @@ class ToyHeard:
 class ToyTransducer(ToyStudent):
     """The toy with a predictor that knows the last label, and a joint network; no frames to ask."""
 
-    answers = frozenset({"supervised", "score", "propose", "lattices"})
+    answers = frozenset({"supervised", "features", "score", "propose", "lattices"})
 
     def __init__(self, size=8):
         super().__init__()
@@ -94,13 +98,13 @@ class ToyTransducer(ToyStudent):
         hidden = torch.tanh(self.hidden(x.speech))
         hidden = self.dropout(self.norm(hidden.transpose(1, 2)).transpose(1, 2))
         log_p = self.out(hidden).log_softmax(dim=-1)
-        return ToyHeardByTransducer(self, self.encoder(hidden), log_p, x.speech_lengths)
+        return ToyHeardByTransducer(self, hidden, log_p, x.speech_lengths)
 
 
 class ToyHeardByTransducer(ToyHeard):
-    def __init__(self, net, encoded, log_p, frames):
-        super().__init__(log_p, frames)
-        self.net, self.encoded = net, encoded
+    def __init__(self, net, hidden, log_p, frames):
+        super().__init__(log_p, frames, hidden)
+        self.net, self.encoded = net, net.encoder(hidden)
 
     def score(self, labels, of=None):
         rows = torch.arange(len(labels)) if of is None else torch.tensor(of, dtype=torch.long)

@@ -26,7 +26,8 @@ class Recogniser(nn.Module):
         super().__init__()
         self.net = net
         self.blank = net.blank_id
-        answers = {"supervised"}
+        self.feature_size = (net.postencoder or net.encoder).output_size()
+        answers = {"supervised", "features"}
         if net.ctc is not None:
             answers.add("frame_log_probs")
             if not net.use_transducer_decoder:
@@ -66,6 +67,10 @@ class Encoded:
     def frame_log_probs(self) -> tuple[Tensor, Tensor]:
         """Log-softmax of the CTC layer, (n, t, v), and the valid frames, (n,)."""
         return self._log_p, self.frames
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """The encoder's output, (n, t, d), and the valid frames, (n,)."""
+        return self.encoded, self.frames
 
     def score(self, labels: list[list[int]], of: list[int] | None = None) -> Tensor:
         """w · log p_ctc + (1 − w) · log p_att with ESPnet's ``ctc_weight`` w, (k,) nats."""

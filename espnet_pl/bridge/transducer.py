@@ -43,8 +43,10 @@ class TransducerRecogniser(Recogniser):
         nn.Module.__init__(self)
         self.net = lend_loss(net)
         self.blank = 0
+        self.feature_size = net.encoder.output_size
         frames = ["frame_log_probs"] if net.use_auxiliary_ctc else []
-        self.answers = frozenset(["supervised", "score", "propose", "lattices", *frames])
+        always = ("supervised", "features", "score", "propose", "lattices")
+        self.answers = frozenset([*always, *frames])
 
     @property
     def joint(self) -> Joint:

@@ -91,6 +91,7 @@ class Student(Protocol):
 
     blank: int  # index of the blank among the tokens
     answers: frozenset[str]  # "supervised", and which of those of ``Heard`` it has
+    feature_size: int  # d of ``features``
 
     def supervised(self, x: Utterances) -> tuple[Tensor, dict[str, Tensor]]:
         """The stock training criterion on x.text: mean loss, and its parts to be logged."""
@@ -107,6 +108,9 @@ class Heard(Protocol):
 
     def frame_log_probs(self) -> tuple[Float[Tensor, "n t v"], Int[Tensor, " n"]]:
         """Log-probabilities of tokens and blank in each frame, and the valid frames."""
+
+    def features(self) -> tuple[Float[Tensor, "n t d"], Int[Tensor, " n"]]:
+        """The encoder's output in each frame, before any layer for tokens, and the valid frames."""
 
     def score(self, labels: list[list[int]], of: list[int] | None = None) -> Float[Tensor, " k"]:
         """log p(label|x) under the training criterion, in nats; −inf if it cannot be aligned.

@@ -105,7 +105,7 @@ def test_what_a_method_is_given(ask, train, teacher, tmp_path):
     }  # fmt: skip
     assert given["translate"]([3, 2, 5]) == [2, 4] and given["translate"]([3, 5]) is None
     assert given["same_tokens"] is False and given["same_frames"] is True
-    answers = {"supervised", "score", "propose", "frame_log_probs"}
+    answers = {"supervised", "features", "score", "propose", "frame_log_probs"}
     assert given["teacher_answers"] == frozenset({*answers, "lattices"})
     twice = CONFS["ctc"]["encoder_conf"] | {"input_layer": "conv2d2"}
     other = model_folder(tmp_path / "other", "ctc", WORDS, encoder_conf=twice)

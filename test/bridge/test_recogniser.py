@@ -38,3 +38,20 @@ def test_proposals_have_the_scores_of_the_training_criterion(changes):
     for own in proposals:
         assert len({tuple(p.labels) for p in own}) == 5
         assert [p.log_p for p in own] == sorted((p.log_p for p in own), reverse=True)
+
+
+def test_features_are_what_every_head_sees():
+    model = student()
+    x = Utterances(["a", "b", "c"], SPEECH, torch.tensor([6000, 4000, 5000]))
+    heard = model.hear(x)
+    features, frames = heard.features()
+    assert features.shape == (3, int(frames.max()), model.feature_size)
+    log_p, same = heard.frame_log_probs()
+    assert frames.equal(same)
+    torch.testing.assert_close(model.net.ctc.log_softmax(features), log_p)
+    weak, _ = model.hear(x).features()
+    assert torch.equal(weak, features)
+    strong, _ = model.train().hear(x).features()  # masked, and with dropout
+    assert not torch.allclose(strong, features)
+    strong.sum().backward()
+    assert model.net.encoder.embed.conv[0].weight.grad.any()

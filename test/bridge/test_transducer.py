@@ -87,6 +87,17 @@ def test_the_score_is_the_loss_of_each_utterance():
     assert empty.isfinite().all() and (empty < 0).all()
 
 
+def test_features_are_what_the_joint_network_sees():
+    student = TransducerRecogniser(network()).eval()
+    heard = student.hear(Utterances(["a", "b", "c"], SPEECH, torch.tensor(SAMPLES)))
+    features, frames = heard.features()
+    assert features.shape == (3, int(frames.max()), student.feature_size)
+    lattices = heard.lattices([[2], [3], [4]])
+    torch.testing.assert_close(student.net.joint_network.lin_enc(features), lattices.encoded)
+    torch.testing.assert_close(student.net.ctc_lin(features).log_softmax(2), heard._log_p)
+    assert frames.equal(lattices.frames)
+
+
 @pytest.mark.parametrize("decoder", ["stateless", "rnn"])
 def test_the_best_path_is_that_of_each_utterance_alone(decoder):
     conf = {"embed_size": 8} if decoder == "stateless" else {"embed_size": 8, "hidden_size": 8}
