@@ -12,10 +12,14 @@ Of several hypotheses per utterance, ``log_probability`` gives log p(y|x) each, 
 gradient with respect to log p_t(k) is how often alignments of y say k at t, in expectation; it is
 summed from forward and backward variables over the sequence of labels with blanks between them.
 
+The likeliest single alignment, argmax_π Π_t p_t(π_t) over the same π, is found by the same
+recursion with a maximum in place of the sum.
+
 Source: Graves, Fernández, Gomez, Schmidhuber, "Connectionist Temporal
 Classification", ICML 2006, equations 3, 8 and (occupancies) 14.  The sum of
 ``ctc`` is torch's own ``ctc_loss``; here are the shapes, the checks and the rule
-for labels without any alignment.
+for labels without any alignment.  The maximum is Viterbi's; torchaudio's ``forced_align`` finds it
+of one utterance at a time, and where its compiled part is installed.
 Axes: n utterances, k hypotheses, t frames, u labels, v vocabulary.  Unit: nats.
 """
 
@@ -115,21 +119,70 @@ def occupancies(
     return gamma
 
 
+@torch.no_grad()
+def best_alignment(
+    log_p: Float[Tensor, "n t v"],
+    frames: Int[Tensor, " n"],
+    labels: Int[Tensor, "n u"],
+    label_lengths: Int[Tensor, " n"],
+    blank: int = 0,
+) -> Int[Tensor, "n t"]:
+    """The likeliest alignment of each label sequence: the token or blank of each frame.
+
+    Args:
+        labels: padded at the end with anything.
+
+    Returns:
+        π; −1 behind the valid frames, and throughout where there is no alignment (``feasible``).
+    """
+    _check_blank(blank, log_p.shape[-1])
+    labels = labels.masked_fill(_padding(labels, label_lengths), blank)
+    said, jump, final = _states(labels, label_lengths, blank)
+    emit = log_p.double().gather(2, said[:, None].expand(-1, log_p.shape[1], -1))  # n t s
+    score = torch.full_like(said, -torch.inf, dtype=torch.float64)
+    score[:, 0] = 0.0  # as if the first blank had been said before: it, or the first label, follow
+    steps = []
+    for t, e in enumerate(emit.unbind(1)):
+        by = torch.full((3, *score.shape), -torch.inf, dtype=score.dtype, device=score.device)
+        by[0] = score
+        by[1, :, 1:] = score[:, :-1]
+        by[2, :, 2:] = score[:, :-2].masked_fill(~jump[:, 2:], -torch.inf)
+        best, step = by.max(0)
+        inside = t < frames[:, None]
+        score = torch.where(inside, best + e, score)
+        steps.append(torch.where(inside, step, 0))
+    total, state = score.masked_fill(~final, -torch.inf).max(1, keepdim=True)
+    path = torch.full(log_p.shape[:2], -1, dtype=labels.dtype, device=log_p.device)
+    for t in range(len(steps) - 1, -1, -1):
+        path[:, t : t + 1] = said.gather(1, state)
+        state = state - steps[t].gather(1, state)
+    outside = torch.arange(path.shape[1], device=path.device) >= frames[:, None]
+    return path.masked_fill(outside | total.isneginf(), -1)
+
+
+def _states(labels, lengths, blank) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels with blanks between them, where they may be entered from two before, where they end.
+
+    A label may follow another one without a blank between them if it is not the same.
+    """
+    k, u = labels.shape
+    said = labels.new_full((k, 2 * u + 1), blank)  # k s
+    said[:, 1::2] = labels
+    jump = torch.zeros_like(said, dtype=torch.bool)
+    jump[:, 3::2] = labels[:, 1:] != labels[:, :-1]
+    s = torch.arange(2 * u + 1, device=labels.device)
+    final = (s == 2 * lengths[:, None]) | (s == 2 * lengths[:, None] - 1)
+    return said, jump, final
+
+
 class _Hypotheses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_p, frames, labels, lengths, utterance, blank, possible):
         n, t, v = log_p.shape
-        k, u = labels.shape
-        said = labels.new_full((k, 2 * u + 1), blank)  # k s
-        said[:, 1::2] = labels
+        said, jump, final = _states(labels, lengths, blank)
         time = torch.arange(t, device=log_p.device)[:, None, None]
         place = (utterance[:, None] * t + time) * v + said  # t k s, in the flattened log_p
         emit = log_p.reshape(-1)[place].double()
-        # A label may follow another one without a blank between them if it is not the same.
-        jump = torch.zeros_like(said, dtype=torch.bool)
-        jump[:, 3::2] = labels[:, 1:] != labels[:, :-1]
-        s = torch.arange(2 * u + 1, device=log_p.device)
-        final = (s == 2 * lengths[:, None]) | (s == 2 * lengths[:, None] - 1)
         ends = final & (time == frames[utterance][:, None] - 1)  # t k s
 
         alpha = torch.full_like(emit, -torch.inf)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from espnet_pl.losses.ctc import ctc, feasible, log_probability, occupancies
+from espnet_pl.losses.ctc import best_alignment, ctc, feasible, log_probability, occupancies
 
 
 def collapse(path, blank):
@@ -232,3 +232,45 @@ def test_hypotheses_that_nothing_can_say():
     assert not torch.autograd.grad(value.sum(), log_p)[0].any()
     none = torch.zeros(0, dtype=torch.long)
     assert log_probability(log_p, frames, none.view(0, 2), none, none).shape == (0,)
+
+
+@pytest.mark.parametrize("blank", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_alignment_is_the_likeliest_of_all(blank, seed):
+    logits, frames, labels, lengths = example(blank, seed=seed)
+    log_p = (3 * logits).log_softmax(-1).detach()
+    found = best_alignment(log_p, frames, labels, lengths, blank)
+    for lp, t, y, u, path in zip(log_p.tolist(), frames.tolist(), labels, lengths, found.tolist()):
+        paths = itertools.product(range(3), repeat=t)
+        fits = [p for p in paths if collapse(p, blank) == y[:u].tolist()]
+        best = max(fits, key=lambda p: sum(lp[i][k] for i, k in enumerate(p)), default=[-1] * t)
+        assert path == [*best, *[-1] * (4 - t)]
+    assert (found[4] == -1).all()  # three equal labels take five frames
+
+
+def test_the_best_alignment_of_the_best_path_s_labels_is_that_path():
+    g = torch.Generator().manual_seed(0)
+    log_p = (2 * torch.randn(6, 30, 5, generator=g)).log_softmax(-1)
+    frames = torch.tensor([30, 17, 1, 0, 29, 8])
+    paths = [row[:t].tolist() for row, t in zip(log_p.argmax(2), frames.tolist())]
+    said = [collapse(path, 0) for path in paths]
+    labels = torch.full((6, 30), 77)  # padding may be anything
+    for row, y in zip(labels, said):
+        row[: len(y)] = torch.tensor(y)
+    lengths = torch.tensor([len(y) for y in said])
+    found = best_alignment(log_p, frames, labels, lengths)
+    assert [row[:t].tolist() for row, t in zip(found, frames.tolist())] == paths
+    assert all((row[t:] == -1).all() for row, t in zip(found, frames.tolist()))
+    half = best_alignment(log_p.half(), frames, labels, lengths)
+    assert [collapse(row[:t].tolist(), 0) for row, t in zip(half, frames.tolist())] == said
+
+
+def test_a_best_alignment_of_nothing():
+    nothing = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    log_p = torch.randn(2, 3, 4).log_softmax(-1)
+    path = best_alignment(log_p, torch.tensor([3, 2]), *nothing, blank=1)
+    assert path.tolist() == [[1, 1, 1], [1, 1, -1]]
+    assert best_alignment(log_p[:, :0], torch.zeros(2).long(), *nothing).shape == (2, 0)
+    never = torch.full((1, 2, 3), -torch.inf)
+    one = torch.tensor([1])
+    assert (best_alignment(never, torch.tensor([2]), one[None], one) == -1).all()
