@@ -9,12 +9,20 @@ For an anchor i with label y_i, features z of length 1 and a temperature τ,
     A(i) = { a ≠ i }                                           all others, or
     A(i) = P(i) ∪ { a : a of the same utterance as i }         negatives from its own utterance only
 
-The sum over positives is a sum over their class, without i.  The sum over A(i) is taken in square
-blocks of similarities, which the backward pass computes again: what is kept is O(frames ·
-dimensions).  If anchors and candidates are the same frames, the similarities are symmetric, and
-half of the blocks do.
+The sum over positives is a sum over their class, without i.  Or a positive stands against the
+negatives only, and not against the other positives:
 
-Source: Khosla et al., "Supervised Contrastive Learning", arXiv:2004.11362, equation 2 (L_out).
+    L_i  = − 1/|P(i)| Σ_{p ∈ P(i)} log( exp(z_i·z_p/τ) / (exp(z_i·z_p/τ) + exp(M_i)) )
+         = 1/|P(i)| Σ_{p ∈ P(i)} log(1 + exp(M_i − z_i·z_p/τ))
+
+    M_i  = log Σ_{n ∈ A(i) ∖ P(i)} exp(z_i·z_n/τ)
+
+Sums over pairs are taken in square blocks of similarities, which the backward pass computes again:
+what is kept is O(frames · dimensions).  If anchors and candidates are the same frames, the
+similarities are symmetric, and half of the blocks do.
+
+Source: Khosla et al., "Supervised Contrastive Learning", arXiv:2004.11362, equation 2 (L_out).  The
+other denominator is InfoNCE's, van den Oord et al., arXiv:1807.03748, averaged over the positives.
 Negatives from the same utterance: Xiao et al., "Contrastive Semi-supervised Learning for ASR",
 arXiv:2103.05149; not read there, but in a description of the paper by others.
 Axes: n anchors, m candidates, d dimensions.  Unit: nats per anchor.
@@ -22,7 +30,7 @@ Axes: n anchors, m candidates, d dimensions.  Unit: nats per anchor.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -57,6 +65,7 @@ def contrastive(
     candidates: Frames | None = None,
     *,
     temperature: float = 0.1,
+    denominator: Literal["all", "one"] = "all",
     block: int = 512,
 ) -> Contrast:
     """L of each anchor, in float32 at least.
@@ -65,6 +74,8 @@ def contrastive(
         candidates: what anchors are compared with, for example a teacher's features of the same
             frames; no pair is left out then, nor the one of a frame with itself.  They have a
             gradient if they ask for one.  None: the anchors are compared with each other.
+        denominator: of a positive, the sum over A(i) (``all``), or over itself and the negatives
+            (``one``): an anchor without negatives then costs 0.
         block: so many anchors and candidates are compared at a time.
 
     Returns:
@@ -87,12 +98,18 @@ def contrastive(
     negatives = len(c.labels) - sizes[class_of_a]
     if a.utterance is not None:
         negatives = _same(a.utterance, c.utterance) - _same_in_both(a, c)
-    sums = c.features.new_zeros(len(sizes), c.features.shape[1])
-    near = sums.index_add(0, class_of_c, c.features)[class_of_a]
-    near = near - a.features if own else near
-    attraction = (a.features * near).sum(1) / positives.clamp(min=1)
-    total = _LogSumExp.apply(a.features, None if own else c.features, _Pairs(a, c, own, block))
-    loss = torch.where(positives > 0, total - attraction, 0.0)
+    x, y = a.features, None if own else c.features
+    if denominator == "all":
+        sums = c.features.new_zeros(len(sizes), c.features.shape[1])
+        near = sums.index_add(0, class_of_c, c.features)[class_of_a]
+        near = near - a.features if own else near
+        attraction = (a.features * near).sum(1) / positives.clamp(min=1)
+        total = _LogSumExp.apply(x, y, _Pairs(a, c, own, block, "all"))
+        loss = torch.where(positives > 0, total - attraction, 0.0)
+    else:
+        repulsion = _LogSumExp.apply(x, y, _Pairs(a, c, own, block, "negatives"))
+        margins = _Margins.apply(x, y, repulsion, _Pairs(a, c, own, block, "positives"))
+        loss = margins / positives.clamp(min=1)
 
     def unpacked(x: Tensor) -> Tensor:
         return x.new_zeros(len(anchors.labels)).masked_scatter(anchors.labels >= 0, x)
@@ -138,20 +155,28 @@ class _Pairs:
     c: Frames
     own: bool
     block: int
+    which: Literal["all", "positives", "negatives"]
 
-    def similarities(self, x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and their products; −inf where the candidate is not one of the anchor's."""
+    def similarities(
+        self, x: Tensor, y: Tensor, none: float = -torch.inf
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and their products; ``none`` where they are no pair."""
         for i in range(0, len(x), self.block):
             for j in range(i if self.own else 0, len(y), self.block):
                 rows, columns = slice(i, i + self.block), slice(j, j + self.block)
                 s = x[rows] @ y[columns].t()
-                if self.a.utterance is not None:
-                    label = self.a.labels[rows, None] != self.c.labels[columns]
-                    utterance = self.a.utterance[rows, None] != self.c.utterance[columns]
-                    s.masked_fill_(label & utterance, -torch.inf)
+                for mask in self._no_pairs(rows, columns):
+                    s.masked_fill_(mask, none)
                 if self.own and i == j:
-                    s.fill_diagonal_(-torch.inf)
+                    s.fill_diagonal_(none)
                 yield rows, columns, s
+
+    def _no_pairs(self, rows: slice, columns: slice) -> Iterator[Tensor]:
+        differ = self.a.labels[rows, None] != self.c.labels[columns]
+        if self.which != "all":
+            yield differ if self.which == "positives" else ~differ
+        if self.which != "positives" and self.a.utterance is not None:
+            yield differ & (self.a.utterance[rows, None] != self.c.utterance[columns])
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -191,6 +216,48 @@ class _LogSumExp(torch.autograd.Function):
                 if wants_y:
                     of_y[columns].addmm_(share.t(), x[rows])
         return of_x if wants_x else None, of_y if wants_y else None, None
+
+
+class _Margins(torch.autograd.Function):
+    """Σ_p log(1 + exp(m_i − x_i · y_p)) over the pairs there are; y is None where it is x."""
+
+    @staticmethod
+    def forward(ctx, x, y, m, pairs):
+        total = torch.zeros_like(m)
+        ctx.pairs = pairs
+        minus = torch.nn.functional.logsigmoid  # −log(1 + exp(−·)), exact for large numbers too
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, columns, s in pairs.similarities(x, x if y is None else y, torch.inf):
+                total[rows] -= minus(s - m[rows, None]).sum(1)
+                if y is None and rows != columns:
+                    total[columns] -= minus(s - m[columns]).sum(0)
+        ctx.save_for_backward(x, y, m)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, y, m = ctx.saved_tensors
+        of_x, of_y = (torch.zeros_like(z) if z is not None else None for z in (x, y))
+        of_m = torch.zeros_like(m)
+        wants_x, wants_y, _, _ = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, columns, s in ctx.pairs.similarities(x, x if y is None else y, torch.inf):
+                share = (m[rows, None] - s).sigmoid_().mul_(grad[rows, None])
+                of_m[rows] += share.sum(1)
+                if y is None:
+                    other = (m[columns] - s).sigmoid_().mul_(grad[columns])
+                    share += other
+                    of_x[rows].addmm_(share, x[columns], alpha=-1)
+                    if rows != columns:
+                        of_m[columns] += other.sum(0)
+                        of_x[columns].addmm_(share.t(), x[rows], alpha=-1)
+                    continue
+                if wants_x:
+                    of_x[rows].addmm_(share, y[columns], alpha=-1)
+                if wants_y:
+                    of_y[columns].addmm_(share.t(), x[rows], alpha=-1)
+        return of_x if wants_x else None, of_y if wants_y else None, of_m, None
 
 
 def _check(anchors: Frames, candidates: Frames | None, temperature: float, block: int) -> None:

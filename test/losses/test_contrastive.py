@@ -12,8 +12,8 @@ from espnet_pl.losses import contrastive as module
 from espnet_pl.losses.contrastive import Frames, contrastive
 
 
-def brute_force(anchors, candidates=None, temperature=0.1):
-    """The first equation of the docstring, one anchor and one positive at a time."""
+def brute_force(anchors, candidates=None, temperature=0.1, denominator="all"):
+    """The first equations of the docstring, one anchor and one positive at a time."""
     own, candidates = candidates is None, candidates or anchors
     c = [z / z.norm() for z in candidates.features]
     losses, positives, negatives = [], [], []
@@ -27,8 +27,12 @@ def brute_force(anchors, candidates=None, temperature=0.1):
         positives.append(len(same))
         negatives.append(len(others) - len(same))
         z = z / z.norm()
-        mass = sum((z @ c[a] / temperature).exp() for a in others)
-        terms = [((z @ c[p] / temperature).exp() / mass).log() for p in same]
+        terms = []
+        for p in same:
+            against = [p, *(a for a in others if a not in same)]
+            against = others if denominator == "all" else against
+            mass = sum((z @ c[a] / temperature).exp() for a in against)
+            terms.append(((z @ c[p] / temperature).exp() / mass).log())
         losses.append(-sum(terms) / len(terms) if terms else 0 * z.sum())
     empty = anchors.features.new_zeros(0)
     return torch.stack(losses) if losses else empty, positives, negatives
@@ -49,10 +53,10 @@ def gradients(loss, *frames):
     return torch.autograd.grad((loss * weights).sum(), inputs, materialize_grads=True)
 
 
-def assert_equals_brute_force(anchors, candidates=None, temperature=0.1, **how):
+def assert_equals_brute_force(anchors, candidates=None, *, block, **how):
     tight = {"rtol": 1e-12, "atol": 1e-12}
-    mine = contrastive(anchors, candidates, temperature=temperature, **how)
-    loss, positives, negatives = brute_force(anchors, candidates, temperature)
+    mine = contrastive(anchors, candidates, block=block, **how)
+    loss, positives, negatives = brute_force(anchors, candidates, **how)
     torch.testing.assert_close(mine.loss, loss, **tight)
     assert mine.positives.tolist() == positives and mine.negatives.tolist() == negatives
     if len(loss):
@@ -62,37 +66,44 @@ def assert_equals_brute_force(anchors, candidates=None, temperature=0.1, **how):
 
 shapes = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(1, 5))
 scopes = st.sampled_from([None, 1, 3])
-temperatures = st.sampled_from([0.05, 0.1, 1.0, 3.0])
+hows = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.05, 0.1, 1.0, 3.0]),
+        "denominator": st.sampled_from(["all", "one"]),
+        "block": st.integers(1, 10),
+    }
+)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(shapes, scopes, temperatures, st.integers(1, 10), st.integers(0, 10**6))
-def test_equals_the_written_equation(shape, scope, temperature, block, seed):
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(shapes, scopes, hows, st.integers(0, 10**6))
+def test_equals_the_written_equation(shape, scope, how, seed):
     frames = example(*shape, utterances=scope, seed=seed)
-    assert_equals_brute_force(frames, temperature=temperature, block=block)
+    assert_equals_brute_force(frames, **how)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
-@given(shapes, st.integers(0, 7), scopes, temperatures, st.integers(1, 10), st.integers(0, 10**6))
-def test_other_candidates_equal_it_too(shape, m, scope, temperature, block, seed):
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(shapes, st.integers(0, 7), scopes, hows, st.integers(0, 10**6))
+def test_other_candidates_equal_it_too(shape, m, scope, how, seed):
     _, classes, d = shape
     anchors = example(*shape, utterances=scope, seed=seed)
     candidates = example(m, classes, d, utterances=scope, seed=seed + 1)
-    assert_equals_brute_force(anchors, candidates, temperature, block=block)
+    assert_equals_brute_force(anchors, candidates, **how)
 
 
+@pytest.mark.parametrize("denominator", ["all", "one"])
 @pytest.mark.parametrize("scope", [None, 2])
-def test_gradient_is_the_numerical_one(scope):
+def test_gradient_is_the_numerical_one(scope, denominator):
+    how = {"temperature": 0.5, "denominator": denominator}
     frames, others = example(7, utterances=scope), example(5, utterances=scope, seed=1)
 
     def alone(z):
-        return contrastive(Frames(z, frames.labels, frames.utterance), temperature=0.5).loss
+        return contrastive(Frames(z, frames.labels, frames.utterance), **how).loss
 
     def against(z, c):
         candidates = Frames(c, others.labels, others.utterance)
-        return contrastive(
-            Frames(z, frames.labels, frames.utterance), candidates, temperature=0.5, block=3
-        ).loss
+        anchors = Frames(z, frames.labels, frames.utterance)
+        return contrastive(anchors, candidates, block=3, **how).loss
 
     assert torch.autograd.gradcheck(alone, (frames.features,))
     assert torch.autograd.gradcheck(against, (frames.features, others.features))
@@ -110,6 +121,24 @@ def test_two_classes_at_right_angles():
     loss = contrastive(Frames(z, torch.tensor([0, 0, 0, 1, 1, 1])), temperature=0.2).loss
     expected = math.log(2 * math.exp(5) + 3) - 5  # two positives, three negatives
     torch.testing.assert_close(loss, torch.full((6,), expected, dtype=torch.float64))
+
+
+def test_one_positive_stands_against_the_negatives_only():
+    z = torch.eye(2, dtype=torch.float64).repeat_interleave(3, 0)
+    frames = Frames(z, torch.tensor([0, 0, 0, 1, 1, 1]))
+    loss = contrastive(frames, temperature=0.2, denominator="one").loss
+    expected = math.log1p(3 * math.exp(-5))
+    torch.testing.assert_close(loss, torch.full((6,), expected, dtype=torch.float64))
+    alone = Frames(z, torch.zeros(6, dtype=torch.long))  # positives only
+    assert not contrastive(alone, denominator="one").loss.any()
+
+
+def test_with_one_positive_each_both_denominators_are_the_same():
+    z = example(8).features
+    frames = Frames(z, torch.arange(4).repeat(2))
+    losses = [contrastive(frames, denominator=name).loss for name in ("all", "one")]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(gradients(loss, frames) for loss in losses))
 
 
 def test_a_hot_softmax_counts_the_others():
@@ -183,25 +212,28 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("denominator", ["all", "one"])
 @pytest.mark.parametrize("scope", [None, 3])
 @pytest.mark.parametrize("own", [True, False])
-def test_no_tensor_has_the_size_of_all_pairs(own, scope):
+def test_no_tensor_has_the_size_of_all_pairs(own, scope, denominator):
     anchors = example(300, utterances=scope)
     candidates = None if own else example(200, utterances=scope, seed=1)
     with _Largest() as seen:
-        contrastive(anchors, candidates, block=20).loss.sum().backward()
+        loss = contrastive(anchors, candidates, denominator=denominator, block=20).loss
+        loss.sum().backward()
     assert 400 <= seen.elements <= 300 * 4
     assert anchors.features.grad.any()
 
 
+@pytest.mark.parametrize("denominator", ["all", "one"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_single(dtype):
+def test_half_precision_is_summed_in_single(dtype, denominator):
     half = example(60, d=16, dtype=dtype)
     single = Frames(half.features.detach().float().requires_grad_(), half.labels)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = contrastive(half).loss
+        loss = contrastive(half, denominator=denominator).loss
         (short,) = gradients(loss, half)
-    expected = contrastive(single).loss
+    expected = contrastive(single, denominator=denominator).loss
     assert loss.dtype == torch.float32 and short.dtype == dtype
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
     torch.testing.assert_close(short, gradients(expected, single)[0].to(dtype))
@@ -216,10 +248,11 @@ def test_single_precision_is_near_double():
     assert (mine - exact).norm() < 1e-5 * exact.norm()
 
 
+@pytest.mark.parametrize("denominator", ["all", "one"])
 @pytest.mark.parametrize("labels", [[], [2], [-1], [0, 1, 2, 3], [-1, -1], [-1, 5, 6]])
-def test_nothing_to_attract(labels):
+def test_nothing_to_attract(labels, denominator):
     frames = Frames(torch.randn(len(labels), 3).requires_grad_(), torch.tensor(labels).long())
-    loss, positives, _ = contrastive(frames)
+    loss, positives, _ = contrastive(frames, denominator=denominator)
     assert loss.shape == (len(labels),) and not loss.any() and not positives.any()
     loss.sum().backward()
     assert not frames.features.grad.any()
@@ -233,10 +266,12 @@ def test_no_candidates_at_all():
     assert not loss.any() and not anchors.features.grad.any()
 
 
-def test_a_cold_softmax_does_not_overflow():
+@pytest.mark.parametrize("denominator", ["all", "one"])
+def test_a_cold_softmax_does_not_overflow(denominator):
     double = example(40, d=8)
     single = Frames(double.features.detach().float().requires_grad_(), double.labels)
-    losses = [contrastive(f, temperature=1e-3).loss for f in (single, double)]
+    how = {"temperature": 1e-3, "denominator": denominator}
+    losses = [contrastive(f, **how).loss for f in (single, double)]
     torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-4, atol=1e-2)
     assert gradients(losses[0], single)[0].isfinite().all()
 
