@@ -114,10 +114,15 @@ class _Learning:
 
     @classmethod
     def build_optimizers(cls, args: argparse.Namespace, model: PLModel):
-        """The stock optimisers of the student; the method follows the first one."""
+        """The stock optimisers of the student; the first one has what the method learns, too.
+
+        The method follows it.
+        """
         method, model.method = model.method, None  # its copies are never optimised
         optimizers = super().build_optimizers(args, model)
         model.method = method
+        if own := method.learns():
+            optimizers[0].add_param_group({"params": own})
         attach(optimizers[0], model)
         return optimizers
 

@@ -102,7 +102,9 @@ def load(path: str | Path) -> LoadedTeacher:
         tokens = Tokens(_token_list(config), config.get("token_type") or "bpe", bpe)
         state = _weights(files)
         own_hash = _hash(state, config)  # before ESPnet changes what it was given
-        net = build_net(stock, argparse.Namespace(**config))
+        # What a method draws later is the same whether its teacher is loaded, or was asked before.
+        with torch.random.fork_rng(devices=[]):
+            net = build_net(stock, argparse.Namespace(**config))
         _fill(net, state, files.weights)
         network = student(net).eval().requires_grad_(False)
         return LoadedTeacher(network, tokens, own_hash)

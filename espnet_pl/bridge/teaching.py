@@ -30,11 +30,11 @@ def is_taught(config: Mapping[str, Any]) -> bool:
 def asked(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the method of a configuration asks a teacher, and about what speech, in JSON."""
     name = config["method"]
-    settings = config_of(name, config.get("method_conf") or {})
+    settings, method = config_of(name, config.get("method_conf") or {}), module_of(name).Method
     return {
         "records": RECORDS,
-        "method": name,
-        "settings": module_of(name).Method.asked(settings),
+        "method": method.records or name,
+        "settings": method.asked(settings),
         "speech_volume_normalize": config.get("speech_volume_normalize"),
     }
 
@@ -97,6 +97,7 @@ def resources(
         "translate": teachers.translation(tokens, args.token_list, tokenise),
         "same_tokens": tokens.token_list == list(args.token_list),
         "same_frames": frames == teachers.frames(student),
+        "teacher_tokens": len(tokens.token_list),
         "teacher_answers": frozenset(answers),
     }
 

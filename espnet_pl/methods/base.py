@@ -21,7 +21,7 @@ from espnet_pl.data.pairing import Pairing
 from espnet_pl.losses.transducer import Lattices
 from espnet_pl.parts.search import Proposal
 
-SHARED = ("base", "pseudo_labelling")  # files beside the methods that are none
+SHARED = ("base", "pseudo_labelling", "frame_labelling")  # files beside the methods that are none
 
 
 class ConfigError(ValueError):
@@ -66,7 +66,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One summand of the objective, a mean over ``count`` utterances.
+    """One summand of the objective, a mean over ``count`` utterances, or frames.
 
     Ranks of a distributed job average a term by its own count: rank r with mean v_r
     over c_r utterances contributes c_r · v_r / Σ_r c_r.  Weight 0 is a diagnostic.
@@ -136,6 +136,7 @@ class Method(nn.Module):
     requires: ClassVar[frozenset[str]] = frozenset()  # questions the student must answer
     uses: ClassVar[frozenset[str]] = frozenset({"truth"})  # resources it has a use for
     taught: ClassVar[bool] = False  # learns from one trained teacher, and has none of its own
+    records: ClassVar[str | None] = None  # methods with the same word here ask, and share, the same
 
     def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
         super().__init__()
@@ -147,6 +148,13 @@ class Method(nn.Module):
     def pairing(cls, config: Any) -> Pairing:
         """Which batches meet in an update."""
         return Pairing()
+
+    def learns(self) -> list[nn.Parameter]:
+        """Parameters of its own that are trained with the student's; never those of a copy.
+
+        They are in the method's ``state_dict``, and in no exported model.
+        """
+        return []
 
     @classmethod
     def ask(cls, config: Any, teacher: nn.Module, x: Utterances) -> list[dict[str, Tensor]]:
@@ -275,8 +283,8 @@ def build(
             A method that is taught has instead of these: ``teacher``, the trained network, on the
             CPU, or ``records``, what ``ask`` made of it by utterance id (``parts.store.Reader``),
             the other is None; ``translate``, from its labels to the student's, or None;
-            ``same_tokens`` and ``same_frames``, whether both have the same;
-            ``teacher_answers``, as a student's ``answers``.
+            ``same_tokens`` and ``same_frames``, whether both have the same; ``teacher_tokens``, how
+            many it has; ``teacher_answers``, as a student's ``answers``.
 
     Raises:
         ConfigError: unknown method or setting, a student that cannot answer, or teachers for a

@@ -101,8 +101,10 @@ def test_what_a_method_is_given(ask, train, teacher, tmp_path):
     train("--teacher_store", str(ask(teacher)))
     given = taught.Method.seen.resources
     assert set(given) == {
-        "truth", "teacher", "records", "translate", "same_tokens", "same_frames", "teacher_answers"
+        "truth", "teacher", "records", "translate", "same_tokens", "same_frames", "teacher_tokens",
+        "teacher_answers",
     }  # fmt: skip
+    assert given["teacher_tokens"] == 7
     assert given["translate"]([3, 2, 5]) == [2, 4] and given["translate"]([3, 5]) is None
     assert given["same_tokens"] is False and given["same_frames"] is True
     answers = {"supervised", "features", "score", "propose", "frame_log_probs"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from espnet_pl.methods.base import ConfigError, build, config_of, methods, module_of
-from test.toys import batch, speaking_student
+from test.toys import VOCABULARY, batch, speaking_student
 
 
 @pytest.fixture(params=methods())
@@ -16,7 +16,9 @@ def name(request):
 
 def resources(name):
     """What a method of that name cannot do without."""
-    return {"teacher": speaking_student(seed=7)} if module_of(name).Method.taught else {}
+    if not module_of(name).Method.taught:
+        return {}
+    return {"teacher": speaking_student(seed=7), "teacher_tokens": VOCABULARY}
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def total(terms):
 
 def updated(student, method, steps, start=0):
     """Train for some steps, as the bridge does; the same steps give the same result."""
-    optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam([*student.parameters(), *method.learns()], lr=0.01)
     optimizer.register_step_post_hook(lambda *_: method.after_step(student))
     for step in range(start, start + steps):
         torch.manual_seed(step)
@@ -59,14 +61,27 @@ def test_unlabelled_speech_moves_the_student(pair):
         assert method.pairing(method.config).unlabelled == 0
         return
     first_batch(method)
-    total(method(student, batch(labelled=False))).backward()
-    assert student.out.weight.grad.abs().sum() > 0
+    # Of this speech, a token is said in two utterances, one of which says another one, too.
+    total(method(student, batch(labelled=False, seed=1))).backward()
+    assert student.hidden.weight.grad.abs().sum() > 0
 
 
 def test_no_gradient_reaches_the_method_s_own_copies(pair):
     student, method = pair
     total(method(student, first_batch(method))).backward()
-    assert all(p.grad is None for p in method.parameters())
+    learnt = {id(p) for p in method.learns()}
+    assert all((p.grad is not None) == (id(p) in learnt) for p in method.parameters())
+
+
+def test_what_the_method_learns_is_trained_and_kept(pair):
+    student, method = pair
+    updated(student, method, 1)  # past the start
+    own = method.learns()
+    assert {id(p) for p in own} <= {id(p) for p in method.parameters()}
+    assert not {id(p) for p in own} & {id(p) for p in student.parameters()}
+    before = [p.detach().clone() for p in own]
+    updated(student, method, 3, start=1)
+    assert all(not torch.equal(p, old) for p, old in zip(own, before))
 
 
 def test_labels_are_made_in_the_weak_view_and_learnt_in_the_strong_one(pair):
@@ -114,9 +129,11 @@ def test_the_whole_is_the_sum_of_the_halves(pair):
     student, method = pair
     student.eval()
     both = first_batch(method)
+    torch.manual_seed(0)  # what is drawn is the same
     whole = total(method(student, both))
     halves = total(method(student, batch(unlabelled=False)))
     if learns_from_unlabelled(method):
+        torch.manual_seed(0)
         halves = halves + total(method(student, batch(labelled=False)))
     torch.testing.assert_close(whole, halves)
 
