@@ -121,3 +121,18 @@ def test_a_teacher_without_frames_is_refused(said, learn, tmp_path):
     for call in (said, learn):
         with pytest.raises(ConfigError, match="the teacher has no CTC layer"):
             call(teacher)
+
+
+def test_both_methods_read_the_same_records(said, learn, tmp_path, caplog):
+    caplog.set_level("INFO")
+    teacher = model_folder(tmp_path / "teacher")
+    store = said(teacher, "ce_pl", {"beam": 2})
+    conf = {"order": 2, "beam": 2}
+    state = learn(teacher, store, conf, "ce", "ce_pl")["optimizers"][0]
+    assert state["method"]["prediction.weight"].shape == ((6 + 1) ** 2, 8)
+    assert " cross_entropy=" in caplog.text and " frames_wrong=" in caplog.text
+    state = learn(teacher, store, SMALL | {"alternate": True}, "csl")["optimizers"][0]
+    assert state["method"]["prediction.weight"].shape == (6 + 1, 8)
+    assert [len(group["params"]) for group in state["param_groups"]][1] == 6
+    with pytest.raises(ConfigError, match="asked.settings.beam is 2 there, 3 is wanted"):
+        learn(teacher, store, SMALL | {"beam": 3}, "other")
