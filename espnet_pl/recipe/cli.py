@@ -47,11 +47,12 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     if not args.asr_config.exists():
         found = sorted(map(str, Path("conf").glob("asr*.yaml")))
         raise RecipeError(f"--asr_config: {config.did_you_mean(str(args.asr_config), found)}")
-    runs = config.load_runs(recipe, args.asr_config)
+    runs = config.load_runs(recipe, args.asr_config, args.expdir)
     numbers = _numbers(args)
+    if args.dry_run:  # the files of phases and cells are needed to look at them, and no longer
+        afterwards.enter_context(config.removed(args.expdir))
+    config.write_phases(runs.values())
     if args.study:
-        if args.dry_run:  # the files of its cells are needed to look at them, and no longer
-            afterwards.enter_context(study.removed(args.expdir))
         of_study = study.load(args.study, recipe, runs, args.asr_config, args.expdir)
         pairs = study.chosen(of_study, args.method, _seeds(args.seed) if args.seed else None)
         runs, numbers = of_study.runs, [number for number in numbers if number <= 4]
@@ -63,10 +64,12 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['./run.sh', *argv])}", flush=True)
     needed = config.with_inits(chosen, runs)
     seen = [*args.expdir.glob("*/infer"), *args.expdir.glob("seed*/*/infer")]
-    others = sorted({path.parent.name for path in seen} & {*runs} - {*needed})
+    others = _with_phases({path.parent.name for path in seen} & {*runs}, runs) - {*needed}
     verdicts = {}
     if {4, 6} & {*numbers}:
-        verdicts = config.check_runs(needed, others, runs, args.expdir, write=not args.dry_run)
+        verdicts = config.check_runs(
+            needed, sorted(others), runs, args.expdir, write=not args.dry_run
+        )
         teachers.refuse(runs, verdicts)
     known = {name: run for name, run in runs.items() if name not in others or name in verdicts}
     plan = stages.Plan(
@@ -82,7 +85,7 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
             jobs = list(stage(plan))
         if not jobs:
             print("nothing to do")
-        inits = {name for name in needed if name not in chosen}
+        inits = {*needed} - _with_phases(chosen, runs)
         force = {job.name for job in jobs if args.force and _redone(job, inits)}
         launch.run(jobs, args.cmd, args.nj, args.dry_run, force, [args.expdir, Path("log")])
         if stage is stages.measure and not args.dry_run:
@@ -92,6 +95,10 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     if not args.dry_run:
         print(f"finished in {progress.duration(time.monotonic() - began)}")
     return 0
+
+
+def _with_phases(names: Collection[str], runs: dict[str, config.Run]) -> set[str]:
+    return {*names, *(phase for name in names for phase in runs[name].before)}
 
 
 def _redone(job: launch.Job, inits: Collection[str]) -> bool:

@@ -3,20 +3,26 @@
 A mistake in either is reported before any work, with the nearest name that would be right.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from espnet_pl import __version__
+from espnet_pl.bridge.merge import merge
 from espnet_pl.recipe import check, markers
 
 ASR = Path("conf/asr.yaml")  # the model and optimiser that all runs share
+WRITTEN = ("studies", "phases")  # folders of an expdir with configurations that the driver writes
 
 
 class RecipeError(Exception):
@@ -89,6 +95,7 @@ class RunOptions:
         token_type: ``word``, ``char`` or ``bpe`` (default: the recipe's).  A run that starts from
             one with another token type takes over the encoder only.
         init: the run whose exported model this one starts from.
+        take: what of it, ``model`` or ``encoder``.
         teachers: runs whose exported models label beside the method's own teacher.  A method that
             is taught has one: a run, of any tokens, or the path of a model folder or packed zip.
         export: which network users get, ``student`` or ``teacher`` (default: the method's choice).
@@ -98,16 +105,23 @@ class RunOptions:
     unlabelled: str | None
     token_type: str
     init: str | None = None
+    take: str = "model"
     teachers: list[str] = dataclasses.field(default_factory=list)
     export: str | None = None
 
     def __post_init__(self):
         _check_token_type(self.token_type)
+        if self.take not in ("model", "encoder"):
+            raise RecipeError(f"take: {did_you_mean(self.take, ('model', 'encoder'))}")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One trained system: ``conf/<name>.yaml`` over ``conf/asr.yaml``; see ``files``."""
+    """One trained system: ``conf/<name>.yaml`` over ``conf/asr.yaml``; see ``files``.
+
+    Phases of a run are trainings one after the other: the last one is the run, and those before it
+    are runs of their own, which come with it.
+    """
 
     name: str
     files: tuple[Path, ...]  # its configuration, a later file over an earlier one
@@ -116,6 +130,8 @@ class Run:
     normalize: str | None  # of the merged configuration: decides whether statistics are needed
     task: str  # the same: which of ESPnet's programs recognises
     teacher_mode: str  # the same, of a method that is taught: stored or online
+    before: tuple[str, ...] = ()  # its earlier phases
+    written: Mapping[str, Any] | None = None  # what its last file is to say, if the driver's
 
     @property
     def decode(self) -> Path:
@@ -144,17 +160,16 @@ def load_recipe(path: Path = Path("recipe.yaml")) -> Recipe:
     return _typed(Recipe, mapping(path), str(path))
 
 
-def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
+def load_runs(recipe: Recipe, asr: Path = ASR, expdir: Path = Path("exp")) -> dict[str, Run]:
     """Every ``conf/*.yaml`` with a ``method:``, and every ``conf/<model>/*.yaml`` of this model.
 
-    What a run leaves open is as in the recipe.
+    What a run leaves open is as in the recipe.  Of a run with ``phases`` there is one for each.
     """
     found = [path for top in ("", asr.stem) for path in Path("conf", top).glob("*.yaml")]
     shared, runs = load_model(asr), {}
     for name in sorted({path.stem for path in found}):
         own = {path: mapping(path) for path in files(name, asr)[1:]}
-        if run := load_run(name, shared | own, recipe):
-            runs[name] = run
+        runs |= load_phases(name, shared | own, recipe, expdir / "phases" / name)
     check_references(runs)
     return runs
 
@@ -162,6 +177,81 @@ def load_runs(recipe: Recipe, asr: Path = ASR) -> dict[str, Run]:
 def load_model(asr: Path) -> dict[Path, dict]:
     """What all runs of a model share, by its file; nothing if there is none."""
     return {asr: mapping(asr) if asr.exists() else {}}
+
+
+def load_phases(
+    name: str, confs: Mapping[Path, dict], recipe: Recipe, written: Path
+) -> dict[str, Run]:
+    """The runs that these files make, the model's first: one, or one for each phase.
+
+    ``recipe: {phases: {first: {...}, second: {...}}}`` says what differs in each phase from the
+    rest of the configuration.  A phase starts from the one before.  The last one is the run
+    ``<name>``, the others are ``<name>.<phase>``.
+
+    Args:
+        written: where the phases' own configurations are to be, ``<written>.<phase>.yaml``.
+
+    Raises:
+        RecipeError: phases that cannot be.
+    """
+    (asr, shared), *own = confs.items()
+    settings = functools.reduce(merge, (conf for _, conf in own), {})
+    options = settings.get("recipe")
+    if not isinstance(options, dict) or "phases" not in options:
+        run = load_run(name, confs, recipe)
+        return {name: run} if run else {}
+    phases = options["phases"]
+    where = f"{' + '.join(str(path) for path, _ in own)}, recipe: phases:"
+    if not isinstance(phases, dict) or not phases:
+        raise RecipeError(f"{where} expected 'name: {{what differs}}' lines")
+    common = {**settings, "recipe": {k: v for k, v in options.items() if k != "phases"}}
+    runs: dict[str, Run] = {}
+    for phase, differs in phases.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(phase)):
+            raise RecipeError(f"{where} named by letters, digits, _ and -, not {phase!r}")
+        if not isinstance(differs, dict) or not isinstance(differs.get("recipe") or {}, dict):
+            raise RecipeError(f"{where} {phase}: expected 'name: value' lines")
+        content = merge(common, differs)
+        if runs:
+            if "init" in (differs.get("recipe") or {}):
+                raise RecipeError(f"{where} {phase}: init: it starts from the phase before")
+            content = merge(content, {"recipe": {"init": [*runs][-1]}})
+        full = name if phase == [*phases][-1] else f"{name}.{phase}"
+        file = written.with_name(f"{written.name}.{phase}.yaml")
+        run = load_run(full, {asr: shared, file: content}, recipe)
+        if run is None:
+            raise RecipeError(f"{where} {phase}: it has no method")
+        runs[full] = dataclasses.replace(run, before=tuple(runs), written=content)
+    return runs
+
+
+def write_phases(runs: Iterable[Run]) -> None:
+    """Writes what ``load_phases`` made of runs that have phases."""
+    for run in runs:
+        if run.written is not None:
+            write(run.files[-1], run.written)
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a configuration, if it says something else than what is there."""
+    text = yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def removed(expdir: Path) -> Iterator[None]:
+    """Takes configurations away that were written meanwhile."""
+    before = {expdir, *expdir.rglob("*")} if expdir.exists() else set()
+    try:
+        yield
+    finally:
+        folders = [expdir / name for name in WRITTEN]
+        inside = [path for folder in folders for path in sorted(folder.rglob("*"), reverse=True)]
+        for path in [*inside, *folders, expdir]:
+            if path.exists() and path not in before:
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def load_run(name: str, confs: Mapping[Path, dict], recipe: Recipe) -> Run | None:

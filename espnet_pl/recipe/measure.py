@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         recipe = config.load_recipe()
-        runs = config.load_runs(recipe, args.asr_config)
+        runs = config.load_runs(recipe, args.asr_config, args.expdir)
         if args.run:
             words = [word.rpartition(":") for word in args.run]
             pairs = [(run, int(seed)) for run, _, seed in words]

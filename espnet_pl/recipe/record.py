@@ -1,21 +1,30 @@
 """What is kept of a finished cell of a study: small enough for the repository.
 
-Usage: ``python3 -m espnet_pl.recipe.record FOLDER CONF --sets dev --seed 1 --output FILE``
+Usage: ``python3 -m espnet_pl.recipe.record FOLDER CONF --sets dev --seed 1 --output FILE``; and
+``--before FOLDER`` for each earlier phase.
 """
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from espnet_pl.recipe import config, markers, measure
 
 
-def record(folder: Path, conf: Path, sets: Sequence[str], seed: int) -> dict[str, Any]:
-    """What is kept of a finished cell."""
-    marker = markers.read(folder / "train.job.json") or {}
-    log = (folder / "train.log").read_text(encoding="utf-8", errors="replace")
+def record(
+    folder: Path, conf: Path, sets: Sequence[str], seed: int, before: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """What is kept of a finished cell.
+
+    Args:
+        before: the folders of its earlier phases; updates and time are of all of them together.
+    """
+    every = [*before, folder]
+    made = [markers.read(own / "train.job.json") or {} for own in every]
+    logs = [(own / "train.log").read_text(encoding="utf-8", errors="replace") for own in every]
+    spent = {key: _sum(marker.get(key) for marker in made) for key in ("wall_s", "cpu_s")}
     errors, drawn = {}, {}
     for test in sets:
         reference = measure.read_reference(test, [test])
@@ -30,30 +39,42 @@ def record(folder: Path, conf: Path, sets: Sequence[str], seed: int) -> dict[str
         "settings": config.mapping(conf),
         "errors": errors,  # of each utterance: correct, substituted, deleted, inserted words
         "speakers": drawn,  # a number for each utterance, where there are enough of them
-        "curves": curves(log),
-        "alarms": [int(update) for update in re.findall(r"collapse at update (\d+)", log)],
-        "updates": measure.updates(folder),
-        **{key: marker.get(key) for key in ("wall_s", "cpu_s", "finished", "environment", "shell")},
+        "curves": curves(*logs),
+        "alarms": [int(update) for update in re.findall(r"collapse at update (\d+)", logs[-1])],
+        "updates": _sum(measure.updates(own) for own in every),
+        **spent,
+        **{key: made[-1].get(key) for key in ("finished", "environment", "shell")},
     }
 
 
-def curves(log: str) -> dict[str, dict[str, list]]:
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Nothing, if one is not known."""
+    values = list(values)
+    return None if None in values else sum(values)
+
+
+def curves(*logs: str) -> dict[str, dict[str, list]]:
     """What ESPnet logged: of training every so many updates, of dev every epoch.
+
+    Args:
+        logs: of trainings one after the other, whose updates are counted on.
 
     Returns:
         For ``train`` and ``valid`` the values of each name as pairs (update, value).
     """
     out: dict[str, dict[str, list]] = {"train": {}, "valid": {}}
     before = 0  # updates of earlier epochs
-    for line in log.splitlines():
-        if found := re.search(r"(\d+)epoch:train:(\d+)-(\d+)batch: (.*)", line):
-            update, text = before + int(found[3]), found[4]
-            _add(out["train"], update, text)
-        elif found := re.search(
-            r"epoch results: \[train\] (.*?)total_count=(\d+), \[valid\] (.*)", line
-        ):
-            before = int(found[2])
-            _add(out["valid"], before, found[3])
+    for log in logs:
+        begin = before
+        for line in log.splitlines():
+            if found := re.search(r"(\d+)epoch:train:(\d+)-(\d+)batch: (.*)", line):
+                update, text = before + int(found[3]), found[4]
+                _add(out["train"], update, text)
+            elif found := re.search(
+                r"epoch results: \[train\] (.*?)total_count=(\d+), \[valid\] (.*)", line
+            ):
+                before = begin + int(found[2])
+                _add(out["valid"], before, found[3])
     return out
 
 
@@ -71,9 +92,11 @@ def main() -> None:
     parser.add_argument("conf", type=Path)
     parser.add_argument("--sets", required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--before", action="append", type=Path, default=[], help="earlier phases")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    markers.write(args.output, record(args.folder, args.conf, args.sets.split(","), args.seed))
+    kept = record(args.folder, args.conf, args.sets.split(","), args.seed, args.before)
+    markers.write(args.output, kept)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ def train(plan: Plan) -> Iterator[Job]:
             if options.init:
                 start = plan.dir(options.init, seed) / "model" / "model.pth"
                 same = plan.runs[options.init].options.token_type == options.token_type
-                argv += ["--init_param", str(start) if same else f"{start}:encoder:encoder"]
+                whole = same and options.take == "model"
+                argv += ["--init_param", str(start) if whole else f"{start}:encoder:encoder"]
                 inputs.append(start)
             for teacher in options.teachers:
                 model, files = teachers.files(plan, teacher, seed)
@@ -245,9 +246,11 @@ def _measurable(plan: Plan) -> list[tuple[str, int]]:
         for name in names:
             if name not in plan.runs or not (plan.dir(name, seed) / "infer").exists():
                 continue
+            if not {*plan.runs[name].before} <= {*plan.runs}:  # there is a mistake in one
+                continue
             own = replace(plan, chosen=(name,), seeds=(seed,))
-            last = plan.dir(name, seed)
-            jobs = [j for j in (*train(own), *infer(own)) if last in j.log.parents]
+            phases = {plan.dir(phase, seed) for phase in (*plan.runs[name].before, name)}
+            jobs = [j for j in (*train(own), *infer(own)) if phases & {*j.log.parents}]
             old = [(job.name, job.why()) for job in jobs if job.why()]
             if old:
                 chosen.pop((name, seed), None)

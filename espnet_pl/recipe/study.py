@@ -18,7 +18,6 @@ intervals), what was logged every so many updates, settings, time, commit.
 Usage: ``./run.sh --study <study> [--method 'soft*,hard*'] [--seed 1]``
 """
 
-import contextlib
 import fnmatch
 import itertools
 import json
@@ -27,8 +26,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from espnet_pl.bridge.merge import merge
 from espnet_pl.recipe import config, stages
@@ -71,12 +68,14 @@ def load(
         if not isinstance(own, list) or not all(type(seed) is int for seed in own):
             raise RecipeError(f"{path}, {cell}: seeds: expected a list of numbers, got {own!r}")
         full = f"{name}.{cell}"
-        target = expdir / "studies" / name / f"{cell}.yaml"
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        if not target.exists() or target.read_text(encoding="utf-8") != text:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-        every[full] = config.load_run(full, {**model, target: settings}, recipe)
+        target = file_of(name, cell, expdir)
+        confs, phases = {**model, target: settings}, target.with_suffix("")
+        found = config.load_phases(full, confs, recipe, phases)
+        if not found:
+            raise RecipeError(f"{path}, {cell}: it has no method")
+        config.write(target, settings)
+        config.write_phases(found.values())
+        every |= found
         seeds[full] = tuple(own)
     config.check_references(every)
     sets = content.get("sets", [recipe.valid])
@@ -86,17 +85,9 @@ def load(
     return Study(name, every, seeds, tuple(sets))
 
 
-@contextlib.contextmanager
-def removed(expdir: Path) -> Iterator[None]:
-    """Takes the configurations of cells away that were written meanwhile."""
-    before = {expdir, *expdir.rglob("*")} if expdir.exists() else set()
-    try:
-        yield
-    finally:
-        folder = expdir / "studies"
-        for path in [*sorted(folder.rglob("*"), reverse=True), folder, expdir]:
-            if path.exists() and path not in before:
-                path.rmdir() if path.is_dir() else path.unlink()
+def file_of(study: str, cell: str, expdir: Path) -> Path:
+    """Where the settings of a cell are, those of all its phases."""
+    return expdir / "studies" / study / f"{cell}.yaml"
 
 
 def cells(content: Mapping[str, Any], where: str) -> dict[str, dict]:
@@ -169,11 +160,14 @@ def jobs(plan: stages.Plan, study: Study, pairs: Sequence[tuple[str, int]]) -> I
         output = DATA / study.name / f"{corpus}.{cell}.{seed}.json"
         texts = [folder / "infer" / test / "text" for test in study.sets]
         references = [Path(f"data/{test}/text") for test in study.sets]
-        conf = plan.runs[name].files[-1]
+        conf, before = file_of(study.name, cell, plan.expdir), plan.runs[name].before
+        folders = [plan.dir(phase, seed) for phase in before]
         argv = ["python3", "-m", "espnet_pl.recipe.record", str(folder), str(conf)]
+        argv += [word for phase in folders for word in ("--before", str(phase))]
         yield Job(
             f"record {name} seed {seed}",
             (*argv, "--sets", ",".join(study.sets), "--seed", str(seed), "--output", str(output)),
-            folder / "record.log", inputs=(*texts, *references, folder / "config.yaml"),
+            folder / "record.log",
+            inputs=(*texts, *references, *(own / "config.yaml" for own in (*folders, folder))),
             outputs=(output,), here=True,
         )  # fmt: skip

@@ -63,6 +63,7 @@ def call(*words):
 def plan(chosen=("slimipl",), seeds=(1,), **more):
     recipe = config.load_recipe()
     runs = config.load_runs(recipe, more.get("asr", config.ASR))
+    config.write_phases(runs.values())
     found = verdicts([run.files for run in runs.values()])
     known = {name: check.Verdict(**verdict) for name, verdict in zip(runs, found)}
     teachers.refuse(runs, known)
