@@ -33,7 +33,8 @@ class FrameLabelling(base.Method):
     """A method that learns the frame labels of a trained teacher, in layers of its own.
 
     The teacher hears the weak view, once, and the student the strong one.  Labels are of the
-    teacher's tokens, whatever the student's are.
+    teacher's tokens, whatever the student's are.  Without labelled speech nothing of the student
+    but its encoder has a gradient: on several GPUs ESPnet then needs ``unused_parameters: true``.
     """
 
     requires = frozenset({"features"})

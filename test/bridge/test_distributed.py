@@ -11,6 +11,7 @@ from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import _across_ranks
 from espnet_pl.data.pairing import Pairing
 from espnet_pl.methods.base import Term
+from test.bridge.models import model_folder
 
 
 def two_ranks(argv, tmp_path, extra=()):
@@ -50,6 +51,19 @@ def test_two_ranks_train_together_to_the_end(arguments, tmp_path):
     saved = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=False)
     assert saved["optimizers"][0]["method"]["step"] == 10
     assert all(v.isfinite().all() for v in saved["model"].values() if v.is_floating_point())
+
+
+def test_two_ranks_train_what_a_method_learns(arguments, tmp_path):
+    teacher = ["--teachers", str(model_folder(tmp_path / "teacher")), "--teacher_mode", "online"]
+    # Nothing trains the CTC layer, and a rank may have no anchor.
+    changes = dict(max_epoch=2, unused_parameters=True, batch_bins=12000)
+    argv = arguments("csl", method_conf={"hidden": 8, "out": 4}, **changes)
+    results = two_ranks([*argv, *teacher], tmp_path)
+    assert [code for _, code in results] == [0, 0], results[0][0][-2000:]
+    optimizer = torch.load(tmp_path / "exp/checkpoint.pth", weights_only=False)["optimizers"][0]
+    own = optimizer["param_groups"][1]["params"]
+    assert len(own) == 4 and all(optimizer["state"][i]["exp_avg"].any() for i in own)
+    assert optimizer["method"]["step"] == 10
 
 
 @pytest.mark.parametrize("when", ["random", "changed"])
