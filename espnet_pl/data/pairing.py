@@ -32,6 +32,7 @@ arXiv:2210.08711 (abstract).
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from random import Random
 from typing import Literal
 
@@ -80,8 +81,8 @@ class Step:
 
 def plan(
     pairing: Pairing,
-    n_labelled: int,
-    n_unlabelled: int,
+    n_labelled: int | None,
+    n_unlabelled: int | None,
     seed: int = 0,
     chance: Chance | None = None,
     ahead: int = 0,
@@ -89,15 +90,18 @@ def plan(
     """The steps of a run from its first update on, without end.
 
     Args:
-        n_labelled: labelled batches of one pass.
-        n_unlabelled: unlabelled batches of one pass.
+        n_labelled: labelled batches of one pass; None: no batch comes twice, 0, 1, 2, …
+        n_unlabelled: unlabelled batches of one pass, or None.
         chance: of each unlabelled turn, counted from 0; None: always ``pairing.replace``.
         ahead: turns that are planned before the chance of the first of them is known; at least 1
             where it depends on the update.
 
     Raises:
-        ValueError: the pairing asks for batches of a stream that has none.
+        ValueError: the pairing asks for batches of a stream that has none, or would keep some of a
+            stream in which none comes again.
     """
+    if n_unlabelled is None and pairing.capacity:
+        raise ValueError("a cache is of unlabelled batches that come again")
     if n_labelled == 0 and (pairing.labelled or pairing.warmup):
         raise ValueError("there is no labelled batch")
     if n_unlabelled == 0 and pairing.unlabelled:
@@ -132,8 +136,10 @@ def _plan(pairing, n_labelled, n_unlabelled, seed, chance, ahead):
                 fresh = ()
 
 
-def _passes(n: int, seed: str) -> Iterator[int]:
-    """Shuffled pass after shuffled pass over n batches."""
+def _passes(n: int | None, seed: str) -> Iterator[int]:
+    """Shuffled pass after shuffled pass over n batches; None: one in order, which never ends."""
+    if n is None:
+        yield from count()
     random = Random(seed)
     while True:
         order = list(range(n))
@@ -142,7 +148,7 @@ def _passes(n: int, seed: str) -> Iterator[int]:
 
 
 def _unlabelled(
-    pairing: Pairing, n: int, seed: int, chance: Chance, ahead: int
+    pairing: Pairing, n: int | None, seed: int, chance: Chance, ahead: int
 ) -> Iterator[tuple[int | None, tuple[int, ...], tuple[int, ...]]]:
     """For each unlabelled turn: the batch to train on, those to label, those that leave."""
     batches = _passes(n, f"unlabelled {seed}")

@@ -166,6 +166,17 @@ def test_what_is_gone_is_not_used_unless_it_enters_again(replace, n_unlabelled, 
     assert gone > 20
 
 
+def test_batches_that_do_not_come_again_are_numbered_on():
+    pairing = Pairing(labelled=2, unlabelled=3)
+    found = steps(pairing, 50, n_unlabelled=None)
+    assert [s.unlabelled for s in found if s.unlabelled is not None] == list(range(30))
+    assert [s.labelled for s in found] == [s.labelled for s in steps(pairing, 50)]
+    both = steps(Pairing(unlabelled=1, together=True), 20, n_labelled=None, n_unlabelled=None)
+    assert both == [Step(i, i) for i in range(20)]
+    with pytest.raises(ValueError, match="a cache is of unlabelled batches that come again"):
+        plan(Pairing(unlabelled=1, capacity=3), 7, None)
+
+
 def test_labelled_only():
     assert steps(Pairing(), 3, n_unlabelled=0) == [
         Step(labelled=i) for i in [s.labelled for s in steps(Pairing(), 3)]
