@@ -12,6 +12,7 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import SequenceIterFactory, worker_init_fn
 from torch.utils.data import DataLoader
 
+from espnet_pl.data.label_aware import LabelAwareBatches
 from espnet_pl.data.pairing import Chance, Pairing, Step, plan
 from espnet_pl.methods.base import Batch, Utterances
 
@@ -39,8 +40,8 @@ class PairedIterFactory(AbsIterFactory):
 
     Args:
         pairing: what the method wants to see.
-        labelled: ESPnet's factory of the labelled set: its batches (sharded by rank), data set
-            and collation are used, its order is not.
+        labelled: ESPnet's factory of the labelled set: its batches (sharded by rank; or label-aware
+            ones in their place), data set and collation are used, its order is not.
         unlabelled: the same of the unlabelled set, or None.
         steps_per_epoch: updates of an epoch; None: so many that an epoch sees every labelled
             batch once (every unlabelled one, where no update is labelled).
@@ -60,8 +61,7 @@ class PairedIterFactory(AbsIterFactory):
         self.pairing, self.seed, self.chance = pairing, seed, chance
         self.streams = {"labelled": labelled, "unlabelled": unlabelled, "fresh": unlabelled}
         self.batches = {
-            kind: list(stream.sampler.batches) if stream else []
-            for kind, stream in self.streams.items()
+            kind: stream.sampler.batches if stream else [] for kind, stream in self.streams.items()
         }
         self.batches["gone"] = self.batches["unlabelled"]
         self.steps_per_epoch = steps_per_epoch or self._one_pass()
@@ -88,6 +88,11 @@ class PairedIterFactory(AbsIterFactory):
         block = self.pairing.labelled + self.pairing.unlabelled
         return -(-labelled // self.pairing.labelled) * block
 
+    def _of_a_pass(self, kind: str) -> int | None:
+        """How many batches come again in the next pass."""
+        batches = self.batches[kind]
+        return None if isinstance(batches, LabelAwareBatches) else len(batches)
+
     def steps_of(self, epoch: int) -> Iterator[Step]:
         """The steps of an epoch; each is planned when it is asked for."""
         if epoch != self._next_epoch:  # the first epoch of a process: replay what went before
@@ -95,8 +100,8 @@ class PairedIterFactory(AbsIterFactory):
             workers = (self.streams["labelled"] or self.streams["unlabelled"]).num_workers
             self._steps = plan(
                 self.pairing,
-                len(self.batches["labelled"]),
-                len(self.batches["unlabelled"]),
+                self._of_a_pass("labelled"),
+                self._of_a_pass("unlabelled"),
                 self.seed,
                 self.chance,
                 0 if self.chance is None else 1 + 2 * workers,

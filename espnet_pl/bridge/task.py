@@ -11,7 +11,7 @@ from espnet2.tasks.asr import ASRTask
 from espnet2.tasks.asr_transducer import ASRTransducerTask
 from espnet2.utils.nested_dict_action import NestedDictAction
 
-from espnet_pl.bridge import teachers, teaching
+from espnet_pl.bridge import batching, teachers, teaching
 from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import PLModel, attach
 from espnet_pl.bridge.recogniser import Recogniser
@@ -28,6 +28,9 @@ OPTIONS = (
     "teachers",
     "teacher_mode",
     "teacher_store",
+    "batching",
+    "batching_conf",
+    "batching_labels",
 )
 
 
@@ -86,6 +89,23 @@ class _Learning:
             "--teacher_store",
             help="folder with what the teacher said, made by espnet_pl.bridge.label",
         )
+        group.add_argument(
+            "--batching",
+            choices=batching.KINDS,
+            default="random",
+            help="label_aware: batches in which every drawn label is there twice",
+        )
+        group.add_argument(
+            "--batching_conf",
+            action=NestedDictAction,
+            default={},
+            help="fields of espnet_pl.data.label_aware.Batching: power, order, stream",
+        )
+        group.add_argument(
+            "--batching_labels",
+            help="a text file, 'utterance-id token token …': what is in the unlabelled speech, "
+            "where the method has no stored records of a teacher that say it",
+        )
         # One criterion: 202511 averages wrongly with several (compat.py).  No plots and no
         # tensorboard unless asked for: both need packages that training does not.
         parser.set_defaults(
@@ -129,14 +149,19 @@ class _Learning:
     @classmethod
     def build_iter_factory(cls, args, distributed_option, mode, kwargs=None):
         """For training: labelled and unlabelled batches as the method wants them."""
-        factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
         if mode != "train" or not cls.with_text:
-            return factory
+            return super().build_iter_factory(args, distributed_option, mode, kwargs)
         if args.iterator_type != "sequence":
             raise ConfigError(
                 f"iterator_type is {args.iterator_type!r}; pairs are made of 'sequence' only"
             )
         pairing = module_of(args.method).Method.pairing(config_of(args.method, args.method_conf))
+        aware = batching.streams(args, pairing)
+        # Of label-aware batches each rank takes its share later, of speech that it all has.
+        own = {kind: {**(kwargs or {}), "distributed": False} for kind in aware}
+        labelled = super().build_iter_factory(
+            args, distributed_option, mode, own.get("labelled", kwargs)
+        )
         unlabelled = None
         if pairing.unlabelled:
             if not args.unlabelled_data_path_and_name_and_type:
@@ -149,10 +174,17 @@ class _Learning:
             theirs.train_shape_file = args.unlabelled_shape_file
             theirs.num_iters_per_epoch = None
             without_text = type(cls.__name__, (cls,), {"with_text": False})
-            unlabelled = without_text.build_iter_factory(theirs, distributed_option, mode, kwargs)
-        chance = None if pairing.replace_when == "random" else _Learning.built.method.chance
+            unlabelled = without_text.build_iter_factory(
+                theirs, distributed_option, mode, own.get("unlabelled", kwargs)
+            )
+        method = _Learning.built.method
+        for kind in aware:
+            factory = labelled if kind == "labelled" else unlabelled
+            tokenise, several = cls._tokeniser(args), distributed_option.distributed
+            batching.fill(factory, kind, args, several, tokenise, method)
+        chance = None if pairing.replace_when == "random" else method.chance
         return PairedIterFactory(
-            pairing, factory, unlabelled, args.num_iters_per_epoch, args.seed, chance
+            pairing, labelled, unlabelled, args.num_iters_per_epoch, args.seed, chance
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from espnet2.train.class_choices import ClassChoices
 
-from espnet_pl.bridge import compat, teaching
+from espnet_pl.bridge import batching, compat, teaching
 from espnet_pl.bridge.merge import merge
 from espnet_pl.bridge.task import task_of
 from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
@@ -44,6 +44,7 @@ def load_config(paths: Sequence[str | Path]) -> dict[str, Any]:
             raise ConfigError(unknown(_where(paths), key, known))
     config_of(config.get("method", "supervised"), config.get("method_conf", {}))
     teaching.check_mode(config.get("teacher_mode", "stored"))
+    batching.settings_of(config)
     for choices in task.class_choices_list:
         _check_conf(paths, choices, config)
     criteria = config.get("best_model_criterion", [None])

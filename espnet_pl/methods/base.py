@@ -170,6 +170,13 @@ class Method(nn.Module):
         """The settings that ``ask`` depends on, in JSON: records of others are refused."""
         raise NotImplementedError(f"{cls.__module__} does not say what its records depend on")
 
+    @classmethod
+    def labels_of(cls, config: Any, record: Mapping[str, Tensor]) -> Sequence[int] | None:
+        """What is in an utterance, of a record that ``ask`` made of it, for label-aware batches
+        (``data.label_aware``): numbers of tokens, in order; None: records do not say.
+        """
+        return None
+
     def forward(self, student: nn.Module, batch: Batch) -> dict[str, Term]:
         """The objective of one update, as named terms."""
         if self.step == 0:
@@ -249,20 +256,29 @@ def config_of(name: str, conf: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: a field that the method does not have, or a value of the wrong type or range.
     """
-    config_class = module_of(name).Config
+    return settings(f"method_conf of {name}", module_of(name).Config, conf)
+
+
+def settings(what: str, config_class: type, conf: Mapping[str, Any]) -> Any:
+    """A mapping as an object of a dataclass.
+
+    Args:
+        what: the mapping is, for messages.
+
+    Raises:
+        ConfigError: a field that there is not, or a value of the wrong type or range.
+    """
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     hints = typing.get_type_hints(config_class)
     for key, value in conf.items():
         if key not in fields:
-            raise ConfigError(unknown(f"method_conf of {name}", key, fields))
+            raise ConfigError(unknown(what, key, fields))
         if not _fits(value, hints[key]):
-            raise ConfigError(
-                f"method_conf of {name}: {key} is {value!r}, it must be {_spell(hints[key])}"
-            )
+            raise ConfigError(f"{what}: {key} is {value!r}, it must be {_spell(hints[key])}")
     try:
         return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in conf.items()})
     except ValueError as error:
-        raise ConfigError(f"method_conf of {name}: {error}") from None
+        raise ConfigError(f"{what}: {error}") from None
 
 
 def build(

@@ -99,6 +99,11 @@ class Method(PseudoLabelling):
             del own["log_w"]  # of a κ, which is chosen when it is learnt
         return [own | more for own, more in zip(records, nodes)]
 
+    @classmethod
+    def labels_of(cls, config: Any, record: Record) -> list[int]:
+        """The likeliest hypothesis, in the teacher's tokens."""
+        return likeliest([record])[0]
+
     def _said(self, student, x, how):
         stored = self.resources.get("records")
         if stored is not None:
