@@ -19,15 +19,26 @@ reads_memory = pytest.mark.skipif(
 def bench(tmp_path):
     """Run a benchmark in small; what it prints, and what it writes."""
 
-    def run(name):
+    def run(name, *words):
         result = tmp_path / "result.json"
-        command = [sys.executable, f"tools/bench/{name}.py", "--small", "--json", result]
+        command = [sys.executable, f"tools/bench/{name}.py", *(words or ["--small"])]
+        command += ["--json", result]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout, json.loads(result.read_text())
 
     return run
+
+
+@reads_memory
+def test_batching(bench):
+    printed, result = bench("batching", "--utterances", "500", "--seconds", "200")
+    places, labels = result["labels of utterances"], result["labels"]
+    assert 500 < places < 60 * 500  # some are there twice
+    assert result["index MB"] == (4 * places + 8 * (labels + 1)) / 1e6
+    assert 0.3 < result["speech of padded"] < 1 and 0 < result["utterances seen"] < 1
+    assert all(f"{name}: " in printed for name in result)
 
 
 @reads_memory
