@@ -61,8 +61,8 @@ class Batching:
 class Index:
     """The utterances that contain each label, both numbered in the order in which they come.
 
-    Takes 4 bytes for each label of each utterance, and 8 for each label; twice that while it is
-    being made.
+    Takes 4 bytes for each label of each utterance, and 8 for each label; a little more than twice
+    that while it is being made.
 
     Args:
         labels: of each utterance; how often one is there does not matter.

@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from espnet_pl.data import label_aware
 from espnet_pl.data.label_aware import CHUNK, Batching, Index, LabelAwareBatches
 
 TINY = {"u0": "ab", "u1": "abc", "u2": "acc", "u3": "bd", "u4": "a", "u5": "e"}
@@ -120,7 +121,9 @@ def test_a_batch_holds_each_drawn_label_twice_no_utterance_twice_and_no_more_tha
 def test_a_pair_that_is_too_much_begins_the_next_batch():
     """Batch and next pair together would overfill; nothing that was drawn is lost."""
     tokens, sizes = corpus()
+    sizes = {utt_id: 60 if size > 58 else 20 for utt_id, size in sizes.items()}  # few are long
     found = batches(tokens, sizes, bins=600, of_a_pass=40).of_pass(0)
+    assert {len(batch) for batch in found} >= {15, 5}
     size = {i: sizes[utt_id] for i, utt_id in enumerate(tokens)}
     for batch, following in zip(found, found[1:]):
         together = [u for pair in [*batch, following[0]] for u in pair[1:]]
@@ -210,6 +213,12 @@ def test_an_utterance_that_is_too_long_is_left_out_and_counted():
     assert batches(sizes=sizes, bins=18, ranks=2).too_long == 1
     with pytest.raises(ValueError, match=r"of 6 \(6 were left out.* batch of 3\)"):
         batches(sizes=sizes, bins=3)
+
+
+def test_two_utterances_are_found_wherever_two_are_outside_the_batch(monkeypatch):
+    monkeypatch.setattr(label_aware, "TRIES", 1)
+    made = batches(dict.fromkeys("uvwxy", "a"), bins=100, of_a_pass=50)
+    assert [len(batch) for batch in made.of_pass(0)] == [2] * 50
 
 
 def test_a_batch_that_could_hold_everything_ends():
