@@ -65,6 +65,12 @@ class FrameLabelling(base.Method):
         with weak_view(teacher):
             return record(config, teacher.hear(x), teacher.blank)
 
+    @classmethod
+    def labels_of(cls, config: Any, record: Record) -> list[int]:
+        """The tokens on the teacher's path."""
+        path = record["labels"]
+        return path[path >= 0].tolist()
+
     def learn(
         self, features: Float[Tensor, "n t d"], labels: Int[Tensor, "n u"]
     ) -> tuple[dict[str, base.Term], dict[str, float]]:

@@ -238,3 +238,14 @@ def test_what_is_asked_is_what_the_path_depends_on():
 def test_impossible_settings_are_refused(conf, match):
     with pytest.raises(ConfigError, match=match):
         config_of("csl", conf)
+
+
+def test_label_aware_batches_are_of_the_teacher_s_tokens():
+    _, method = pair(units="argmax")
+    teacher, x = method.resources["teacher"].eval(), batch().unlabelled
+    records = Method.ask(method.config, teacher, x)
+    with torch.no_grad():
+        paths = teacher.hear(x).frame_log_probs()[0].argmax(2).tolist()
+    for own, path, t in zip(records, paths, x.speech_lengths.tolist()):
+        said = [y for y, before in zip(path[:t], [None, *path]) if y != before]
+        assert Method.labels_of(method.config, own) == [y for y in said if y != teacher.blank]
