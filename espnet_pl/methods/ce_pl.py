@@ -8,7 +8,7 @@ Equation: L = L_sup on N_L and λ · L_u on N_U of N_L + N_U updates, with the l
 Differs from the paper: its teacher is a hybrid model of context-dependent graphemes, ours has a CTC
     layer; order: 2 makes units of its tokens that know their left neighbour.  Unverified, for its
     text was not at hand: how frames were labelled, and whether all of them are learnt.  There, too,
-    labels meet by the choice of batches; here not, yet.
+    labels meet by the choice of batches; here with ``batching: label_aware``.
 Cost: one training pass of the encoder per unlabelled update; the teacher is asked once, and what it
     said is that for csl.
 """

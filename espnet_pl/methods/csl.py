@@ -15,8 +15,9 @@ Differs from the paper: its teacher is a hybrid model of context-dependent graph
     text was not at hand: τ, the denominator, how frames were labelled (by alignment or not), if
     frames that are masked may be drawn, and the activation of g's hidden layer.  From descriptions:
     one hidden layer of 1024, 128 dimensions, one frame of each segment, negatives from the same
-    utterance; that batches are made such that labels meet (here they are not, yet), and that
-    cross-entropy in turn with this loss (``alternate``) was no better.
+    utterance; that batches are made such that labels meet (``batching: label_aware``; of units of
+    order 2 with ``batching_conf: {order: 2}``), and that cross-entropy in turn with this loss
+    (``alternate``) was no better.
 Cost: one training pass of the encoder per unlabelled update; the teacher is asked once.
 """
 
