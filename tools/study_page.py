@@ -195,11 +195,12 @@ def _draw_ladder(points: dict[str, list], path: Path) -> None:
             for at, rates in zip(x, each):
                 axis.plot([at] * len(rates), rates, ".", color=f"C{number}", alpha=0.4)
     ends = sorted(x for several in points.values() for x, *_ in several)
-    axis.plot([ends[0], ends[-1]], [ends[0], ends[-1]], ":", color="grey", label="its teacher")
+    if ends:  # else none of these students has been trained yet
+        axis.plot([ends[0], ends[-1]], [ends[0], ends[-1]], ":", color="grey", label="its teacher")
+        axis.legend(frameon=False)
     axis.set_xlabel("teacher, WER %")
     axis.set_ylabel("student, WER %")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
     made.tight_layout()
     made.savefig(path, dpi=110)
     plt.close(made)

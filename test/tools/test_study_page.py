@@ -124,6 +124,15 @@ def test_a_ladder_of_teachers(folder):
     assert "](soft_1.png)" in lines[7] and (folder / "soft_1.png").stat().st_size > 1000
 
 
+def test_a_ladder_before_its_students(folder):
+    (folder / "data/soft/toy.teacher-good.1.json").write_text(
+        json.dumps(record("teacher-good", 1, 3))
+    )
+    (folder / "soft.md").write_text("<!-- ladder toy: on dev: new -->\n<!-- end -->\n")
+    page.fill("soft", folder)
+    assert "|new|–|–|" in (folder / "soft.md").read_text()
+
+
 def test_a_pattern_that_nothing_fits_is_told(folder):
     (folder / "soft.md").write_text(TEXT.replace("hard: *", "hard: sfot*"))
     with pytest.raises(SystemExit, match="no record of toy fits 'sfot"):
