@@ -170,6 +170,13 @@ class Method(nn.Module):
         """The settings that ``ask`` depends on, in JSON: records of others are refused."""
         raise NotImplementedError(f"{cls.__module__} does not say what its records depend on")
 
+    def said(self, x: Utterances) -> list[Mapping[str, Tensor]]:
+        """What the teacher of a method that is taught says of utterances: read, or asked now."""
+        stored = self.resources.get("records")
+        if stored is not None:
+            return [stored.get(utt_id) for utt_id in x.utt_id]
+        return self.ask(self.config, self.resources["teacher"].to(x.speech.device), x)
+
     @classmethod
     def labels_of(cls, config: Any, record: Mapping[str, Tensor]) -> Sequence[int] | None:
         """What is in an utterance, of a record that ``ask`` made of it, for label-aware batches

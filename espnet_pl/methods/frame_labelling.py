@@ -84,7 +84,7 @@ class FrameLabelling(base.Method):
     def unlabelled(self, student: nn.Module, x: base.Utterances) -> dict[str, base.Term]:
         """The loss on the labels of the student's frames."""
         features, frames = student.hear(x).features()
-        labels = frame_labels(self.config, self._said(x), self.tokens, frames.cpu())
+        labels = frame_labels(self.config, self.said(x), self.tokens, frames.cpu())
         terms, numbers = self.learn(features, labels)
         numbers["frames_labelled"] = int((labels >= 0).sum()) / max(int(frames.sum()), 1)
         return terms | base.diagnostics(numbers, len(x))
@@ -101,13 +101,6 @@ class FrameLabelling(base.Method):
         wrong = int((logits.argmax(1) != target).sum()) / count
         term = base.Term(total / count, self.config.weight, len(target))
         return {"cross_entropy": term}, {"frames_wrong": wrong}
-
-    def _said(self, x: base.Utterances) -> list[Record]:
-        """By the teacher: read, or now."""
-        stored = self.resources.get("records")
-        if stored is not None:
-            return [stored.get(utt_id) for utt_id in x.utt_id]
-        return self.ask(self.config, self.resources["teacher"].to(x.speech.device), x)
 
 
 NO_FRAMES = (

@@ -105,12 +105,7 @@ class Method(PseudoLabelling):
         return likeliest([record])[0]
 
     def _said(self, student, x, how):
-        stored = self.resources.get("records")
-        if stored is not None:
-            records = [stored.get(utt_id) for utt_id in x.utt_id]
-        else:
-            records = self.ask(self.config, self.teacher.to(x.speech.device), x)
-        records = [self._understood(own) for own in records]
+        records = [self._understood(own) for own in self.said(x)]
         return Labels(likeliest(records), None, records)
 
     def _understood(self, own: Mapping[str, torch.Tensor]) -> Record:
