@@ -18,18 +18,19 @@ frames has the label that the teacher gives at the same time.
 Axes: n utterances, t frames, r runs, s segments.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from espnet_pl.losses.ctc import best_alignment
+from espnet_pl.losses.ctc import best_alignment, feasible
 from espnet_pl.parts.cache import Record
 from espnet_pl.parts.decoding import pad
+from espnet_pl.parts.search import flat
 
 
 @dataclass(frozen=True)
@@ -67,21 +68,20 @@ def record(how: FrameLabels, heard: Any, blank: int) -> list[Record]:
         path = log_p.argmax(2)
     else:
         found = heard.propose(how.beam)
-        fit = [_first_that_fits(own, t) for own, t in zip(found, frames.tolist())]
-        path = best_alignment(log_p, frames, *pad(fit, log_p.device), blank)
+        text, lengths, of = flat(found, log_p.device)
+        fits = feasible(frames[of], text, lengths)  # a transducer may say more in a frame than one
+        first: dict[int, list[int]] = {}
+        for i, fit, proposal in zip(of.tolist(), fits.tolist(), itertools.chain(*found)):
+            if fit:
+                first.setdefault(i, proposal.labels)
+        labels = [first.get(i, []) for i in range(len(found))]
+        path = best_alignment(log_p, frames, *pad(labels, log_p.device), blank)
     path = path.masked_fill(path == blank, -1).to("cpu", torch.int32)
     runs = [
         torch.unique_consecutive(own[:t], return_counts=True)
         for own, t in zip(path, frames.tolist())
     ]
     return [{"labels": labels, "lengths": n.to(torch.int32)} for labels, n in runs]
-
-
-def _first_that_fits(proposals, frames: int) -> list[int]:
-    """The likeliest that the CTC layer has frames for; a transducer may say more in a frame."""
-    said = (p.labels for p in proposals)
-    fit = (y for y in said if len(y) + sum(a == b for a, b in pairwise(y)) <= frames)
-    return next(fit, [])
 
 
 def unit_of_each_run(how: FrameLabels, record: Record, tokens: int) -> Int[Tensor, " r"]:
