@@ -162,8 +162,9 @@ def ladder(cells: dict, what: str, suffixes: str, path: Path) -> str:
             rates = rate(cells[name], sets)
             points[way].append((worse[teacher], np.mean(rates), rates))
             each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
-            told = difference([cells[name]], [cells[base]], sets) if base in cells else ""
-            row.append(f"**{np.mean(rates):.1f}**{each} {told if way != ways[0] else ''}".strip())
+            compared = way != ways[0] and base in cells
+            told = difference([cells[name]], [cells[base]], sets) if compared else ""
+            row.append(f"**{np.mean(rates):.1f}**{each} {told}".strip())
         ends = [
             cells.get(f"{teacher.removeprefix('teacher-')}-{w}")
             for teacher in (teachers[-1], teachers[0])
@@ -172,8 +173,9 @@ def ladder(cells: dict, what: str, suffixes: str, path: Path) -> str:
         if all(ends):
             worst, base_worst, best, base_best = ends
             more = np.mean(rate(worst, sets)) - np.mean(rate(best, sets))
-            told = difference([worst, base_best], [best, base_worst], sets)
-            row.append(f"**{more:+.1f}** {told if way != ways[0] else ''}".strip())
+            compared = way != ways[0]
+            told = difference([worst, base_best], [best, base_worst], sets) if compared else ""
+            row.append(f"**{more:+.1f}** {told}".strip())
         else:
             row.append("–")
         lines.append(f"|{'|'.join(row)}|")
