@@ -106,9 +106,9 @@ def fill(
     rank = torch.distributed.get_rank() if distributed else 0
     ranks = torch.distributed.get_world_size() if distributed else 1
     seed = f"{kind} {args.seed}"
-    settings, batches = settings_of(vars(args)), len(factory.sampler)
+    found, batches = settings_of(vars(args)), len(factory.sampler)
     try:
-        made = LabelAwareBatches(settings, tokens, sizes, bins, batches, seed, rank, ranks)
+        made = LabelAwareBatches(found, tokens, sizes, bins, batches, seed, rank, ranks)
         logging.info("label-aware batches of %s speech: %s", kind, made.report())
     except ConfigError:
         raise

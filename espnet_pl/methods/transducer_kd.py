@@ -112,17 +112,16 @@ class Method(PseudoLabelling):
         """A record in the student's tokens, with the teacher's opinion at this κ."""
         rows = zip(own["labels"].tolist(), own["lengths"].tolist(), own["log_p"].tolist())
         scores: dict[tuple[int, ...], list[float]] = {}
-        understood = 0
         for row, length, log_p in rows:
             if y := self.translate(row[:length]):
                 scores.setdefault(tuple(y), []).append(log_p)
-                understood += 1
         total = {y: float(torch.tensor(s).logsumexp(0)) for y, s in scores.items()}
         best = sorted(total, key=total.get, reverse=True)
         text, lengths = pad([list(y) for y in best])
         log_p = torch.tensor([total[y] for y in best])
         of = torch.zeros_like(lengths)
         log_w = posterior(log_p, of, 1, self.config.scale)
+        understood = sum(len(same) for same in scores.values())
         empty, no_score = own["dropped"].tolist()
         empty += len(own["labels"]) - understood
         too_long = int((lengths > self.config.max_labels).sum())
