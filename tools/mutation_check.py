@@ -233,8 +233,8 @@ FAULTS = {
     ),
     "the margin's threshold has no gradient": Fault(
         "espnet_pl/losses/contrastive.py",
-        "of_m[rows] += share.sum(1)",
-        "of_m[rows] += 0",
+        "of_m[anchors] += pull.sum(1)",
+        "of_m[anchors] += 0",
         "test/losses/test_contrastive.py",
     ),
     "a segment goes on in the next utterance": Fault(

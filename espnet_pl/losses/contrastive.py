@@ -199,23 +199,12 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx, grad):
         x, y, total = ctx.saved_tensors
         # An anchor without candidates has shares of 0, not 0/0.
-        total = total.masked_fill(total.isneginf(), torch.inf)
-        of_x, of_y = (torch.zeros_like(z) if z is not None else None for z in (x, y))
-        wants_x, wants_y, _ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
-            for rows, columns, s in ctx.pairs.similarities(x, x if y is None else y):
-                share = (s - total[rows, None]).exp_().mul_(grad[rows, None])
-                if y is None:
-                    share += s.sub_(total[columns]).exp_().mul_(grad[columns])
-                    of_x[rows].addmm_(share, x[columns])
-                    if rows != columns:
-                        of_x[columns].addmm_(share.t(), x[rows])
-                    continue
-                if wants_x:
-                    of_x[rows].addmm_(share, y[columns])
-                if wants_y:
-                    of_y[columns].addmm_(share.t(), x[rows])
-        return of_x if wants_x else None, of_y if wants_y else None, None
+        total = total.masked_fill(total.isneginf(), torch.inf)[:, None]
+
+        def share(s, anchors):
+            return (s - total[anchors]).exp_().mul_(grad[anchors, None])
+
+        return *_gradients(ctx, x, y, share), None
 
 
 class _Margins(torch.autograd.Function):
@@ -238,26 +227,35 @@ class _Margins(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, y, m = ctx.saved_tensors
-        of_x, of_y = (torch.zeros_like(z) if z is not None else None for z in (x, y))
         of_m = torch.zeros_like(m)
-        wants_x, wants_y, _, _ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
-            for rows, columns, s in ctx.pairs.similarities(x, x if y is None else y, torch.inf):
-                share = (m[rows, None] - s).sigmoid_().mul_(grad[rows, None])
-                of_m[rows] += share.sum(1)
-                if y is None:
-                    other = (m[columns] - s).sigmoid_().mul_(grad[columns])
-                    share += other
-                    of_x[rows].addmm_(share, x[columns], alpha=-1)
-                    if rows != columns:
-                        of_m[columns] += other.sum(0)
-                        of_x[columns].addmm_(share.t(), x[rows], alpha=-1)
-                    continue
-                if wants_x:
-                    of_x[rows].addmm_(share, y[columns], alpha=-1)
-                if wants_y:
-                    of_y[columns].addmm_(share.t(), x[rows], alpha=-1)
-        return of_x if wants_x else None, of_y if wants_y else None, of_m, None
+
+        def share(s, anchors):
+            pull = (m[anchors, None] - s).sigmoid_().mul_(grad[anchors, None])
+            of_m[anchors] += pull.sum(1)
+            return pull.neg_()
+
+        return *_gradients(ctx, x, y, share, torch.inf), of_m, None
+
+
+def _gradients(ctx, x, y, share, none=-torch.inf) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and y, where ``share(s, anchors)`` is that of a block of anchors and candidates."""
+    of_x, of_y = (torch.zeros_like(z) if z is not None else None for z in (x, y))
+    wants_x, wants_y, *_ = ctx.needs_input_grad
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, columns, s in ctx.pairs.similarities(x, x if y is None else y, none):
+            pull = share(s, rows)
+            if y is None:  # the candidates are anchors, too; on the diagonal, the same ones
+                other = pull if rows == columns else share(s.t(), columns)
+                pull = pull + other.t()
+                of_x[rows].addmm_(pull, x[columns])
+                if rows != columns:
+                    of_x[columns].addmm_(pull.t(), x[rows])
+                continue
+            if wants_x:
+                of_x[rows].addmm_(pull, y[columns])
+            if wants_y:
+                of_y[columns].addmm_(pull.t(), x[rows])
+    return of_x if wants_x else None, of_y if wants_y else None
 
 
 def _check(anchors: Frames, candidates: Frames | None, temperature: float, block: int) -> None:
