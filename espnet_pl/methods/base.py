@@ -170,7 +170,7 @@ class Method(nn.Module):
         """The settings that ``ask`` depends on, in JSON: records of others are refused."""
         raise NotImplementedError(f"{cls.__module__} does not say what its records depend on")
 
-    def said(self, x: Utterances) -> list[Mapping[str, Tensor]]:
+    def records_of(self, x: Utterances) -> list[Mapping[str, Tensor]]:
         """What the teacher of a method that is taught says of utterances: read, or asked now."""
         stored = self.resources.get("records")
         if stored is not None:

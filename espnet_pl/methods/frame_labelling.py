@@ -84,7 +84,7 @@ class FrameLabelling(base.Method):
     def unlabelled(self, student: nn.Module, x: base.Utterances) -> dict[str, base.Term]:
         """The loss on the labels of the student's frames."""
         features, frames = student.hear(x).features()
-        labels = frame_labels(self.config, self.said(x), self.tokens, frames.cpu())
+        labels = frame_labels(self.config, self.records_of(x), self.tokens, frames.cpu())
         terms, numbers = self.learn(features, labels)
         numbers["frames_labelled"] = int((labels >= 0).sum()) / max(int(frames.sum()), 1)
         return terms | base.diagnostics(numbers, len(x))

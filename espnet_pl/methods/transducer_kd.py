@@ -105,7 +105,7 @@ class Method(PseudoLabelling):
         return likeliest([record])[0]
 
     def _said(self, student, x, how):
-        records = [self._understood(own) for own in self.said(x)]
+        records = [self._understood(own) for own in self.records_of(x)]
         return Labels(likeliest(records), None, records)
 
     def _understood(self, own: Mapping[str, torch.Tensor]) -> Record:

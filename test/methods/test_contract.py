@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from espnet_pl.methods.base import ConfigError, build, config_of, methods, module_of
+from espnet_pl.methods.base import ConfigError, Method, build, config_of, methods, module_of
 from test.toys import VOCABULARY, batch, speaking_student
 
 
@@ -71,6 +71,12 @@ def test_no_gradient_reaches_the_method_s_own_copies(pair):
     total(method(student, first_batch(method))).backward()
     learnt = {id(p) for p in method.learns()}
     assert all((p.grad is not None) == (id(p) in learnt) for p in method.parameters())
+
+
+def test_nothing_the_method_keeps_hides_what_methods_do(pair):
+    _, method = pair
+    promised = [key for key, value in vars(Method).items() if callable(value)]
+    assert all(callable(getattr(method, key)) for key in promised)
 
 
 def test_what_the_method_learns_is_trained_and_kept(pair):

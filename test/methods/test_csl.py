@@ -75,7 +75,7 @@ def test_the_labels_are_the_teacher_s():
     student, method = pair()
     x = batch(labelled=False, seed=1).unlabelled
     features, _ = student.hear(x).features()
-    said = method.said(x)
+    said = method.records_of(x)
     path = [own["labels"].repeat_interleave(own["lengths"].long()) for own in said]
     assert [len(own) for own in path] == x.speech_lengths.tolist()
     labels = torch.full(features.shape[:2], -1)
@@ -146,7 +146,7 @@ def test_an_utterance_in_which_nothing_is_said():
     student, method = pair()
     silent = {"labels": torch.tensor([-1], dtype=torch.int32), "lengths": torch.tensor([7])}
     none = {"labels": torch.zeros(0), "lengths": torch.zeros(0)}
-    method.said = lambda x: [silent, none, silent]
+    method.records_of = lambda x: [silent, none, silent]
     terms = method.unlabelled(student, utterances(text=False))
     assert terms["contrastive"].value == 0 and terms["frames_labelled"].value == 0
     terms["contrastive"].value.backward()
