@@ -12,7 +12,16 @@ setup(
     package_data={"espnet_pl": ["py.typed"]},
     python_requires=">=3.10,<3.14",
     # Only what pip can always resolve beside an ESPnet that is already there.
-    install_requires=["torch", "numpy", "pyyaml", "jaxtyping", "jiwer", "rapidfuzz", "soundfile"],
+    install_requires=[
+        "torch",
+        "numpy",
+        "pyyaml",
+        "jaxtyping",
+        "jiwer",
+        "rapidfuzz",
+        "scikit-learn",
+        "soundfile",
+    ],  # fmt: skip
     extras_require={
         "espnet": [
             "espnet==202511; python_version < '3.12'",

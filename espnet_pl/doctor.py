@@ -124,6 +124,7 @@ def packages() -> Iterator[Check]:
     yield package("sentencepiece", "BPE tokens")
     yield package("editdistance", "error rates while training")
     yield package("jiwer", "word error rates")
+    yield package("scikit-learn", "clusters of frames")
     yield package("jaxtyping", "tensor shapes as annotations")
     yield package("espeakng-loader", "speaks the corpus of mini_alnum", required=False)
 

@@ -8,11 +8,15 @@ four are done, ``FOLDER/done.json`` says so.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import logging
 import os
+import random
+import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from espnet_pl.parts.store import Reader, StoreError, Writer
 
 COMMIT_EVERY = 5.0  # seconds; so much is lost when it is killed
 REPORT_EVERY = 20.0  # seconds
+SAMPLED_TOGETHER = 200  # utterances among which neighbours in length are heard together
 
 
 def label(
@@ -61,18 +66,23 @@ def label(
     method, settings = module_of(config["method"]).Method, _settings(config)
     lengths = _lengths(shape)
     loaded = teachers.load(teacher)
-    meta = teaching.meta(loaded, config, list(lengths))
     network = loaded.network.to(device)
-    speech = _Speech(wav, config)
+    speech, bins = _Speech(wav, config), batch_bins or config.get("batch_bins") or 1_000_000
+    output.mkdir(parents=True, exist_ok=True)
+    known = _known(
+        output / "known.pt",
+        lambda: method.survey(settings, network, _sample(speech, lengths, bins, device)),
+    )
+    meta = teaching.meta(loaded, config, list(lengths)) | ({"known": _hash(known)} if known else {})
     own = sorted(lengths, key=lambda utt_id: (-lengths[utt_id], utt_id))[shard[0] - 1 :: shard[1]]
     with Writer(output, *shard, meta) as writer, torch.no_grad():
         todo = [utt_id for utt_id in own if utt_id not in writer.done]
         logging.info("%d of %d utterances are there already", len(own) - len(todo), len(own))
         progress = _Progress(len(own), len(todo), sum(lengths[utt_id] for utt_id in todo))
         committed = time.monotonic()
-        for ids in _batches(todo, lengths, batch_bins or config.get("batch_bins") or 1_000_000):
+        for ids in _batches(todo, lengths, bins):
             x = speech.read(ids, device)
-            records = method.ask(settings, network, x)
+            records = method.ask(settings, network, x, known)
             if len(records) != len(ids):
                 raise RuntimeError(f"{config['method']}: {len(records)} records of {len(ids)}")
             for utt_id, record in zip(ids, records):
@@ -116,6 +126,43 @@ def _batches(ids: Sequence[str], lengths: Mapping[str, int], bins: int) -> Itera
         batch.append(utt_id)
     if batch:
         yield batch
+
+
+def _sample(
+    speech: "_Speech", lengths: Mapping[str, int], bins: int, device: str
+) -> Iterator[Utterances]:
+    """All utterances in random order, the same for every shard."""
+    ids = sorted(lengths)
+    random.Random(0).shuffle(ids)
+    for i in range(0, len(ids), SAMPLED_TOGETHER):
+        some = sorted(ids[i : i + SAMPLED_TOGETHER], key=lengths.__getitem__, reverse=True)
+        for batch in _batches(some, lengths, bins):
+            yield speech.read(batch, device)
+
+
+def _known(path: Path, find: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What a method knows of the speech as a whole: found by the shard that is first, kept for all.
+
+    A shard that comes late finds it in the folder; of two at the same time one is first.
+    """
+    if not path.exists():
+        with torch.no_grad():
+            found = find()
+        if not found:
+            return {}
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        torch.save(dict(found), temporary)
+        with contextlib.suppress(FileExistsError):  # another shard was quicker: its findings count
+            os.link(temporary, path)
+        temporary.unlink()
+    return torch.load(path, weights_only=True)
+
+
+def _hash(known: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(known):
+        digest.update(name.encode() + known[name].cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Speech:

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,6 +26,9 @@ SHARED = ("base", "pseudo_labelling", "frame_labelling")  # files beside the met
 
 class ConfigError(ValueError):
     """A setting that cannot be: says which, and what would be valid."""
+
+
+NOTHING: Mapping[str, Tensor] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +160,25 @@ class Method(nn.Module):
         return []
 
     @classmethod
-    def ask(cls, config: Any, teacher: nn.Module, x: Utterances) -> list[dict[str, Tensor]]:
+    def survey(
+        cls, config: Any, teacher: nn.Module, speech: Iterable[Utterances]
+    ) -> dict[str, Tensor]:
+        """What has to be known of the speech as a whole before a teacher is asked: mostly nothing.
+
+        Args:
+            speech: batches in random order, read as they are asked for: a sample may do.
+        """
+        return {}
+
+    @classmethod
+    def ask(
+        cls, config: Any, teacher: nn.Module, x: Utterances, known: Mapping[str, Tensor] = NOTHING
+    ) -> list[dict[str, Tensor]]:
         """What a teacher has to say of each utterance, to be kept; of a method that is taught.
 
         Args:
             teacher: answers as a ``Student`` does; in eval mode, without gradients.
+            known: what ``survey`` found.
         """
         raise NotImplementedError(f"{cls.__module__} does not say what it asks its teacher")
 

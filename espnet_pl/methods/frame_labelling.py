@@ -1,15 +1,17 @@
 """What the methods share that learn from a teacher's frame labels; what they learn is their own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from espnet_pl.data.pairing import Pairing
 from espnet_pl.methods import base
 from espnet_pl.parts.cache import Record
+from espnet_pl.parts.clusters import learn_centres
 from espnet_pl.parts.frame_labels import FrameLabels, frame_labels, record
 from espnet_pl.parts.teacher import weak_view
 
@@ -43,8 +45,15 @@ class FrameLabelling(base.Method):
 
     def __init__(self, config: Any, student: nn.Module, resources: Mapping[str, Any]) -> None:
         super().__init__(config, student, resources)
-        if "frame_log_probs" not in resources.get("teacher_answers", ("frame_log_probs",)):
+        clusters = config.units == "clusters"
+        answers = resources.get("teacher_answers", ("frame_log_probs",))
+        if not clusters and "frame_log_probs" not in answers:
             raise base.ConfigError(NO_FRAMES)
+        if clusters and resources.get("teacher") is not None:
+            raise base.ConfigError(
+                "units: clusters are learnt from all of the speech, before it is labelled: "
+                "they need teacher_mode: stored"
+            )
         self.tokens: int = resources["teacher_tokens"]
 
     @classmethod
@@ -58,16 +67,32 @@ class FrameLabelling(base.Method):
         return config.asked
 
     @classmethod
-    def ask(cls, config: Any, teacher: nn.Module, x: base.Utterances) -> list[Record]:
+    def survey(
+        cls, config: Any, teacher: nn.Module, speech: Iterable[base.Utterances]
+    ) -> dict[str, Tensor]:
+        """The centres of the clusters, if they are the units."""
+        if config.units != "clusters":
+            return {}
+        try:
+            with weak_view(teacher):
+                centres = learn_centres(_vectors(teacher, speech), config.clusters)
+        except ValueError as error:
+            raise base.ConfigError(f"units: clusters: {error}; ask for fewer") from None
+        return {"centres": centres}
+
+    @classmethod
+    def ask(
+        cls, config: Any, teacher: nn.Module, x: base.Utterances, known: Record = base.NOTHING
+    ) -> list[Record]:
         """The runs of the teacher's path (parts/frame_labels.py)."""
-        if "frame_log_probs" not in teacher.answers:
+        if config.units != "clusters" and "frame_log_probs" not in teacher.answers:
             raise base.ConfigError(NO_FRAMES)
         with weak_view(teacher):
-            return record(config, teacher.hear(x), teacher.blank)
+            return record(config, teacher.hear(x), teacher.blank, known.get("centres"))
 
     @classmethod
     def labels_of(cls, config: Any, record: Record) -> list[int]:
-        """The tokens on the teacher's path."""
+        """The tokens on the teacher's path, or the clusters."""
         path = record["labels"]
         return path[path >= 0].tolist()
 
@@ -101,6 +126,13 @@ class FrameLabelling(base.Method):
         wrong = int((logits.argmax(1) != target).sum()) / count
         term = base.Term(total / count, self.config.weight, len(target))
         return {"cross_entropy": term}, {"frames_wrong": wrong}
+
+
+def _vectors(teacher: nn.Module, speech: Iterable[base.Utterances]) -> Iterator[Tensor]:
+    """The features of all frames of each batch."""
+    for x in speech:
+        features, frames = teacher.hear(x).features()
+        yield torch.cat([own[:t] for own, t in zip(features, frames.tolist())])
 
 
 NO_FRAMES = (

@@ -88,7 +88,9 @@ class Method(PseudoLabelling):
         return {"beam": config.beam, **nodes, **({"keep": config.keep} if config.one_best else {})}
 
     @classmethod
-    def ask(cls, config: Any, teacher: torch.nn.Module, x: base.Utterances) -> list[Record]:
+    def ask(
+        cls, config: Any, teacher: torch.nn.Module, x: base.Utterances, known: Record = base.NOTHING
+    ) -> list[Record]:
         """Hypotheses with their full sums, best first, and what is wanted of ŷ's lattice."""
         how = Objectives(beam=config.beam, label="best", full_sum=1.0)
         with weak_view(teacher):

@@ -7,6 +7,9 @@ come the units: a token (``order`` 1), or a token with the one said before it (2
 letters are in context; of v tokens there are v + 1 and (v + 1)² of them, the blank being the 0-th
 and the first token's left neighbour.
 
+Or the units are clusters of the teacher's features (``clusters``, parts/clusters.py): a path says
+one in each frame, and never the blank.
+
 The blank of CTC is no silence: a token is said in a frame or two, and lasts longer.  So a token
 lasts from its first frame to that of the next one, or to the end (``blank: spread``); the frames
 before the first token have no label.  Otherwise frames of the blank have none (``drop``), or the
@@ -29,40 +32,52 @@ from torch import Tensor
 
 from espnet_pl.losses.ctc import best_alignment, feasible
 from espnet_pl.parts.cache import Record
+from espnet_pl.parts.clusters import nearest
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.search import flat
 
 
 @dataclass(frozen=True)
 class FrameLabels:
-    """Settings; only ``units`` and ``beam`` change what a teacher is asked."""
+    """Settings; ``units``, ``beam`` and ``clusters`` change what a teacher is asked."""
 
-    units: Literal["alignment", "argmax"] = "alignment"
+    units: Literal["alignment", "argmax", "clusters"] = "alignment"
     beam: int = 8  # hypotheses, of which the likeliest is aligned
+    clusters: int = 200  # how many, where they are the units
     order: Literal[1, 2] = 1
     blank: Literal["spread", "drop", "keep"] = "spread"
 
     def __post_init__(self) -> None:
-        if self.beam < 1:
-            raise ValueError(f"beam is {self.beam}, it must be at least 1")
+        for name in ("beam", "clusters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
 
     @property
     def asked(self) -> dict[str, Any]:
         """What records depend on, in JSON."""
-        return {"units": self.units, **({"beam": self.beam} if self.units == "alignment" else {})}
+        depends = {"alignment": ["beam"], "argmax": [], "clusters": ["clusters"]}[self.units]
+        return {name: getattr(self, name) for name in ["units", *depends]}
+
+    def said(self, tokens: int) -> int:
+        """How many things a path may say: of so many tokens, the blank among them, or clusters."""
+        return self.clusters if self.units == "clusters" else tokens
 
     def number_of_units(self, tokens: int) -> int:
-        """Labels are below it; of so many tokens, the blank among them."""
-        return (tokens + 1) ** self.order
+        """Labels are below it."""
+        return (self.said(tokens) + 1) ** self.order
 
 
 @torch.no_grad()
-def record(how: FrameLabels, heard: Any, blank: int) -> list[Record]:
+def record(how: FrameLabels, heard: Any, blank: int, centres: Tensor | None = None) -> list[Record]:
     """The runs of the teacher's path: ``labels`` (r), −1 for blanks, and ``lengths`` (r), frames.
 
     Args:
         heard: the utterances, as the teacher hears them (``methods.base.Heard``).
+        centres: of the clusters, where they are the units.
     """
+    if how.units == "clusters":
+        features, frames = heard.features()
+        return _runs(nearest(features, centres), frames)
     log_p, frames = heard.frame_log_probs()
     if how.units == "argmax":
         path = log_p.argmax(2)
@@ -76,7 +91,11 @@ def record(how: FrameLabels, heard: Any, blank: int) -> list[Record]:
                 first.setdefault(i, proposal.labels)
         labels = [first.get(i, []) for i in range(len(found))]
         path = best_alignment(log_p, frames, *pad(labels, log_p.device), blank)
-    path = path.masked_fill(path == blank, -1).to("cpu", torch.int32)
+    return _runs(path.masked_fill(path == blank, -1), frames)
+
+
+def _runs(path: Int[Tensor, "n t"], frames: Int[Tensor, " n"]) -> list[Record]:
+    path = path.to("cpu", torch.int32)
     runs = [
         torch.unique_consecutive(own[:t], return_counts=True)
         for own, t in zip(path, frames.tolist())
@@ -95,7 +114,7 @@ def unit_of_each_run(how: FrameLabels, record: Record, tokens: int) -> Int[Tenso
     units = torch.where(said, path + 1, 0 if how.blank == "keep" else -1)
     if how.order == 2:
         left = torch.nn.functional.pad(path[said][:-1], (1, 0), value=-1)
-        units[said] += (left[: int(said.sum())] + 1) * (tokens + 1)
+        units[said] += (left[: int(said.sum())] + 1) * (how.said(tokens) + 1)
     if how.blank == "spread":
         runs = torch.arange(len(path))
         last = torch.where(said, runs, -1).cummax(0).values

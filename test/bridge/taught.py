@@ -40,7 +40,7 @@ class Method(base.Method):
         return {"beam": config.beam}
 
     @classmethod
-    def ask(cls, config, teacher, x):
+    def ask(cls, config, teacher, x, known=base.NOTHING):
         assert not torch.is_grad_enabled() and not teacher.training
         records = []
         for own in teacher.hear(x).propose(config.beam):

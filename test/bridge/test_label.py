@@ -20,6 +20,7 @@ from espnet_pl.bridge import label, teachers
 from espnet_pl.bridge.export import export
 from espnet_pl.bridge.teaching import RECORDS
 from espnet_pl.bridge.train import ConfigError, load_config, main
+from espnet_pl.methods import csl
 from espnet_pl.parts.store import Reader, StoreError
 from test.bridge import taught
 from test.bridge.conftest import ASR, TRANSDUCER
@@ -40,8 +41,9 @@ def teacher(tmp_path):
 def ask(corpus, tmp_path):
     """Calls the command; returns the folder of the store."""
 
-    def call(teacher, *words, out="store", data=corpus / "data/unlabelled", **settings):
-        config = {"method": NAME, "method_conf": settings}
+    def call(teacher, *words, out="store", data=None, method=NAME, **settings):
+        data = data or corpus / "data/unlabelled"
+        config = {"method": method, "method_conf": settings}
         (tmp_path / f"{out}.yaml").write_text(yaml.safe_dump(config))
         (tmp_path / "asr.yaml").write_text(yaml.safe_dump(ASR))
         argv = ["--config", str(tmp_path / "asr.yaml"), "--config", str(tmp_path / f"{out}.yaml")]
@@ -57,9 +59,9 @@ def ask(corpus, tmp_path):
 def train(arguments, teacher, tmp_path):
     """Trains with the toy method, from the teacher's folder, for one epoch."""
 
-    def call(*words, out="exp", method_conf=None, given=(teacher,), **changes):
+    def call(*words, out="exp", method=NAME, method_conf=None, given=(teacher,), **changes):
         changes = dict(max_epoch=1, num_iters_per_epoch=6) | changes
-        argv = arguments(NAME, out, method_conf, **changes)
+        argv = arguments(method, out, method_conf, **changes)
         main([*argv, *(w for t in given for w in ("--teachers", str(t))), *words])
         return torch.load(tmp_path / out / "1epoch.pth")
 
@@ -171,6 +173,32 @@ def test_shards_and_a_second_call(ask, teacher, caplog, monkeypatch):
     assert "10/10 utterances" in caplog.text and "times real time" in caplog.text
 
 
+def test_what_is_known_of_all_speech_is_found_once(ask, train, teacher, monkeypatch):
+    settings = {"units": "clusters", "clusters": 4}
+    store = ask(teacher, "--shard", "1/2", method="csl", **settings)
+    known = torch.load(store / "known.pt", weights_only=True)
+    assert list(known) == ["centres"] and len(known["centres"]) == 4
+    monkeypatch.setattr(csl.Method, "survey", lambda *_: pytest.fail("learnt again"))
+    ask(teacher, "--shard", "2/2", method="csl", **settings)
+    records = Reader(store)
+    seen = {y for i in range(10) for y in records.get(f"unlabelled{i:02d}")["labels"].tolist()}
+    assert seen == {0, 1, 2, 3} and len(records.meta["known"]) == 64
+    train("--teacher_store", str(store), method="csl", method_conf=settings)
+
+
+def test_of_two_shards_that_learn_at_once_one_counts(tmp_path):
+    path = tmp_path / "known.pt"
+
+    def late():
+        assert label._known(path, lambda: {"a": torch.ones(2)})["a"].tolist() == [1, 1]
+        return {"a": torch.zeros(2)}
+
+    assert label._known(path, late)["a"].tolist() == [1, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["known.pt"]
+    assert label._known(tmp_path / "none.pt", dict) == {}
+    assert not (tmp_path / "none.pt").exists()
+
+
 def test_other_settings_teachers_and_speech_are_refused(ask, train, teacher, corpus, tmp_path):
     store = ask(teacher)
     other = model_folder(tmp_path / "other", "transducer", LETTERS, "char", seed=1)
@@ -280,7 +308,8 @@ def test_it_goes_on_where_it_was_stopped(sign, ask, teacher, tmp_path, monkeypat
         [sys.executable, "-c", SLOW.format(argv=given)], env=env, stderr=subprocess.DEVNULL
     )
     path, end = store / "records.1of1.sqlite", time.monotonic() + 120
-    while not path.exists() or path.stat().st_size < 20000:
+    journal = path.with_name(f"{path.name}-journal")  # begins with zeros when all is committed
+    while not path.exists() or path.stat().st_size < 20000 or journal.read_bytes()[:8].strip(b"\0"):
         assert time.monotonic() < end and child.poll() is None
         time.sleep(0.05)
     child.send_signal(sign)

@@ -213,12 +213,36 @@ def test_whom_it_can_be_taught_by():
     build("csl", {}, student, given | {"teacher_answers": frozenset({"frame_log_probs"})})
 
 
+def test_clusters_of_the_teacher_s_features():
+    teacher = speaking_student(kind=ToyTransducer).eval()  # any encoder has features
+    config = config_of("csl", {"units": "clusters", "clusters": 3})
+    speech = [utterances(n=4, seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        known = Method.survey(config, teacher, iter(speech))
+        vectors = [teacher.hear(x).features() for x in speech]
+    assert known["centres"].shape == (3, teacher.feature_size)
+    for x, (features, frames) in zip(speech, vectors):
+        for own, row, t in zip(Method.ask(config, teacher, x, known), features, frames.tolist()):
+            path = own["labels"].repeat_interleave(own["lengths"].long()).tolist()
+            assert path == torch.cdist(row[:t], known["centres"]).argmin(1).tolist()
+    given = {"teacher_answers": frozenset({"score"}), "teacher_tokens": 5}
+    method = build("csl", {"units": "clusters", "clusters": 3}, speaking_student(), given)
+    assert method.config.number_of_units(5) == 4
+    assert Method.survey(config_of("csl", {}), teacher, iter(speech)) == {}
+    with pytest.raises(ConfigError, match="clusters cannot be learnt from .* ask for fewer"):
+        Method.survey(config_of("csl", {"units": "clusters"}), teacher, iter(speech[:1]))
+    with pytest.raises(ConfigError, match="they need teacher_mode: stored"):
+        build("csl", {"units": "clusters"}, speaking_student(), given | {"teacher": teacher})
+
+
 def test_what_is_asked_is_what_the_path_depends_on():
     def asked(**conf):
         return Method.asked(config_of("csl", conf))
 
     assert asked() == asked(order=2, blank="keep", temperature=1.0, negatives="batch")
     assert len({str(asked(**c)) for c in ({}, {"units": "argmax"}, {"beam": 2})}) == 3
+    clusters = {"units": "clusters"}
+    assert asked(**clusters) == asked(**clusters, beam=2) != asked(**clusters, clusters=9)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +254,8 @@ def test_what_is_asked_is_what_the_path_depends_on():
         ({"weight": 0.0}, "weight is 0.0"),
         ({"unlabelled": 0}, "both 0"),
         ({"order": 3}, "order is 3, it must be one of 1, 2"),
-        ({"units": "chenones"}, "one of alignment, argmax"),
+        ({"units": "chenones"}, "one of alignment, argmax, clusters"),
+        ({"clusters": 0}, "clusters is 0"),
         ({"negatives": "all"}, "one of utterance, batch"),
         ({"beam": 0}, "beam is 0"),
     ],

@@ -134,6 +134,15 @@ def test_a_greedy_hypothesis_is_aligned_by_the_argmax():
     assert any(len(own["labels"]) > 2 for own in greedy)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_clusters_are_units_as_tokens_are(order):
+    how = FrameLabels(units="clusters", clusters=3, order=order)
+    own = as_record([2, 2, 0, 1, 1, 2])
+    units = unit_of_each_run(how, own, TOKENS).tolist()
+    assert units == ([3, 1, 2, 3] if order == 1 else [3, 1 + 3 * 4, 2 + 1 * 4, 3 + 2 * 4])
+    assert how.number_of_units(TOKENS) == 4**order
+
+
 def test_other_frames_have_the_label_of_their_time():
     how = FrameLabels(blank="drop")
     path = [0, 0, 1, 1, 1, 3]
