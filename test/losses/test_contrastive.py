@@ -109,6 +109,32 @@ def test_gradient_is_the_numerical_one(scope, denominator):
     assert torch.autograd.gradcheck(against, (frames.features, others.features))
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("n, m", [(40, None), (7, None), (2, None), (9, 30)])
+def test_is_that_of_pytorch_metric_learning(n, m, temperature):
+    # It has one loss for us: all positives in the denominator, negatives of all utterances, and
+    # the mean over anchors with a positive; without negatives it says 0, and we do not.
+    from pytorch_metric_learning.losses import SupConLoss
+
+    def one_more_class(frames):
+        return Frames(frames.features, frames.labels + 1)
+
+    anchors = one_more_class(example(n))
+    candidates = m and one_more_class(example(m, seed=1))
+    anchors.labels[: 2 if m is None else 1] = 0
+    mine = contrastive(anchors, candidates, temperature=temperature)
+    mean = mine.loss.sum() / (mine.positives > 0).sum()
+    other = [candidates.features, candidates.labels] if m else []
+    theirs = SupConLoss(temperature=temperature)(anchors.features, anchors.labels, None, *other)
+    if not mine.negatives.any():
+        assert theirs == 0
+        return
+    torch.testing.assert_close(mean, theirs)
+    given = [f.features for f in (anchors, candidates) if f]
+    for a, b in zip(*(torch.autograd.grad(x, given) for x in (mean, theirs))):
+        torch.testing.assert_close(a, b)
+
+
 def test_equal_frames_of_one_class_cost_the_log_of_the_others():
     frames = Frames(torch.ones(6, 3, dtype=torch.float64), torch.full((6,), 4))
     loss, positives, negatives = contrastive(frames)

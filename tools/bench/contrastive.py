@@ -9,6 +9,7 @@ is installed.  No number of any implementation is kept here: all are measured wh
 """
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -23,13 +24,18 @@ from common import status
 
 from espnet_pl.losses.contrastive import Frames, contrastive
 
-DIMENSIONS, CLASSES, TEMPERATURE = 256, 200, 0.1
+DIMENSIONS, CLASSES, UTTERANCES, TEMPERATURE = 256, 200, 64, 0.1
 PEER = "pytorch-metric-learning"
 
 
-def ours(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean over frames that have a positive."""
-    loss, positives, _ = contrastive(Frames(z, labels), temperature=TEMPERATURE)
+def ours(
+    z: torch.Tensor, labels: torch.Tensor, denominator: str = "all", utterances: int = 0
+) -> torch.Tensor:
+    """The mean over frames that have a positive; of so many utterances, or of one."""
+    own = torch.arange(len(z)) % utterances if utterances else None
+    loss, positives, _ = contrastive(
+        Frames(z, labels, own), temperature=TEMPERATURE, denominator=denominator
+    )
     return loss.sum() / (positives > 0).sum()
 
 
@@ -53,11 +59,14 @@ def metric_learning(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def implementations() -> dict:
-    """Those that can run here, ours first."""
+    """Those that can run here, ours first, and at the end our other losses."""
     found = {"ours": ours, "dense torch": dense}
     if importlib.util.find_spec("pytorch_metric_learning"):
         found[PEER] = metric_learning
-    return found
+    found["ours, negatives of the same utterance"] = functools.partial(ours, utterances=UTTERANCES)
+    found["ours, a positive against negatives"] = functools.partial(ours, denominator="one")
+    both = functools.partial(ours, denominator="one", utterances=UTTERANCES)
+    return found | {"ours, both": both}
 
 
 def example(frames: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,10 +105,14 @@ def measure(frames: int, repeats: int) -> dict:
             "seconds": min(s["seconds"] for s in done),
             "megabytes": growth(name, frames),
             "loss": done[0]["loss"],
-            "difference": float((done[0]["gradient"] - reference).norm() / reference.norm()),
+            "difference": _difference(done[0]["gradient"], reference) if "," not in name else None,
         }
         for name, done in steps.items()
     }
+
+
+def _difference(gradient: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((gradient - reference).norm() / reference.norm())
 
 
 def table(frames: int, rows: dict) -> str:
@@ -115,11 +128,15 @@ def table(frames: int, rows: dict) -> str:
         memory_ratio = row["megabytes"] / max(mine["megabytes"], 1e-3)
         lines.append(
             f"| {name} | {row['seconds']:.3f} | {time_ratio:.1f} | {row['megabytes']:.0f} "
-            f"| {memory_ratio:.1f} | {row['loss']:.6f} | {row['difference']:.1e} |"
+            f"| {memory_ratio:.1f} | {row['loss']:.6f} | {_short(row['difference'])} |"
         )
     if PEER not in rows:
         lines.append(f"{PEER} is not installed: not measured")
     return "\n".join(lines)
+
+
+def _short(difference: float | None) -> str:
+    return "another loss" if difference is None else f"{difference:.1e}"
 
 
 def main() -> None:
