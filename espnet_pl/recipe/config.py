@@ -130,6 +130,7 @@ class Run:
     normalize: str | None  # of the merged configuration: decides whether statistics are needed
     task: str  # the same: which of ESPnet's programs recognises
     teacher_mode: str  # the same, of a method that is taught: stored or online
+    batching_labels: str | None = None  # the same: a file that batches are made of
     before: tuple[str, ...] = ()  # its earlier phases
     written: Mapping[str, Any] | None = None  # what its last file is to say, if the driver's
 
@@ -270,7 +271,7 @@ def load_run(name: str, confs: Mapping[Path, dict], recipe: Recipe) -> Run | Non
     return Run(
         name, tuple(confs), str(merged["method"]), _typed(RunOptions, options, f"{where}, recipe:"),
         merged.get("normalize"), merged.get("task") or "asr",
-        str(merged.get("teacher_mode", "stored")),
+        str(merged.get("teacher_mode", "stored")), merged.get("batching_labels"),
     )  # fmt: skip
 
 

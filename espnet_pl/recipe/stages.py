@@ -124,6 +124,7 @@ def train(plan: Plan) -> Iterator[Job]:
                 argv += ["--unlabelled_data_path_and_name_and_type", f"{wav},speech,sound"]
                 argv += ["--unlabelled_shape_file", str(shape)]
                 inputs += [wav, shape]
+                inputs += [Path(run.batching_labels)] if run.batching_labels else []
                 if recipe.truth and other == recipe.unlabelled:
                     argv += ["--truth", f"data/{recipe.truth}/text"]
                     inputs.append(Path(f"data/{recipe.truth}/text"))

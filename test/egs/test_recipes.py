@@ -31,8 +31,10 @@ def small_recipe(corpus, folder):
         settings = yaml.safe_load(conf.read_text()) or {}
         if conf.name.startswith("asr"):
             settings.update(num_iters_per_epoch=4, log_interval=2)
-        if "max_epoch" in settings:
-            settings["max_epoch"] = 1
+        phases = (settings.get("recipe") or {}).get("phases", {}).values()
+        for part in (settings, *phases):
+            if "max_epoch" in part:
+                part["max_epoch"] = 1
         conf.write_text(yaml.safe_dump(settings, sort_keys=False))
     return folder
 
@@ -60,7 +62,7 @@ def run_sh(folder, corpus, *options):
 def test_from_audio_to_the_table(corpus, model, tmp_path):
     pytest.importorskip("espeakng_loader")
     folder = small_recipe(corpus, tmp_path / corpus / "pl1")
-    options = ["--method", "supervised,slimipl", "--seed", "1"]
+    options = ["--method", "supervised,slimipl,csl", "--seed", "1"]
     own = "" if model == "asr" else f"_{model}"
     if own:
         options += ["--asr_config", f"conf/{model}.yaml"]
@@ -69,7 +71,8 @@ def test_from_audio_to_the_table(corpus, model, tmp_path):
     runs = json.loads((experiments / "results.json").read_text())["runs"]
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     table = (folder / f"RESULTS{own}.md").read_text()
-    for run in ("supervised", "slimipl"):
+    assert "csl.contrast" in json.loads((experiments / "results.json").read_text())["before"]
+    for run in ("supervised", "slimipl", "csl"):
         for heard in recipe["test"]:
             assert f"|{run}/{heard}|" in table
             decoded = experiments / run / "infer" / heard / "text"

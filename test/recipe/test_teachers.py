@@ -98,6 +98,14 @@ def test_models_of_the_same_name_are_not_mixed_up():
     )
 
 
+def test_a_file_that_batches_are_made_of_is_watched():
+    write("a", more="batching: label_aware\nbatching_labels: local/rare.txt\n")
+    write("b")
+    found = jobs("a", "b")
+    assert Path("local/rare.txt") in found["train a seed 1"].inputs
+    assert Path("local/rare.txt") not in found["train b seed 1"].inputs
+
+
 def test_online_nothing_is_stored():
     write("b", more="teacher_mode: online\n")
     found = jobs("b")
