@@ -5,13 +5,17 @@ method needs, or what is wrong with it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from espnet_pl import __version__
+from espnet_pl.recipe import config, markers
 
 
 class Verdict(NamedTuple):
@@ -20,6 +24,41 @@ class Verdict(NamedTuple):
     unlabelled: bool = False  # speech
     taught: bool = False  # one trained teacher
     asked: str | None = None  # a hash of what it asks its teacher
+
+
+def check_runs(
+    names: Iterable[str],
+    others: Iterable[str],
+    runs: Mapping[str, config.Run],
+    expdir: Path,
+    write: bool = True,
+) -> dict[str, Verdict]:
+    """Lets the bridge check the runs' configurations; tells what each of them needs.
+
+    Importing ESPnet takes seconds, so verdicts are kept beside the experiments until a file
+    changes.  ``others`` are runs this call is not about: a mistake in one only leaves it out.
+    """
+    memory = expdir / "checked.json"
+    known = markers.read(memory) or {}
+    keys = {}
+    for name in [*names, *others]:
+        content = [markers.content(path) for path in runs[name].files]
+        keys[name] = hashlib.sha256(json.dumps([content, __version__]).encode()).hexdigest()
+    new = [name for name, key in keys.items() if not isinstance(known.get(key), dict)]
+    if new:
+        try:
+            verdicts = ask([[str(path) for path in runs[name].files] for name in new])
+        except RuntimeError as error:
+            raise config.RecipeError(f"the configurations cannot be checked:\n{error}") from error
+        for name, verdict in zip(new, verdicts, strict=True):
+            if isinstance(verdict, str) and name in names:
+                raise config.RecipeError(verdict)
+            known[keys[name]] = verdict
+        if write:
+            markers.write(memory, {key: v for key, v in known.items() if isinstance(v, dict)})
+    return {
+        name: Verdict(**known[key]) for name, key in keys.items() if isinstance(known[key], dict)
+    }
 
 
 def ask(configurations: Sequence[Sequence[str]]) -> list[dict | str]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from espnet_pl.recipe import config, launch, progress, report, stages, study, teachers
+from espnet_pl.recipe import check, config, launch, progress, report, stages, study, teachers
 from espnet_pl.recipe.config import RecipeError
 
 NUMBERS = [str(number) for number, _ in enumerate(stages.STAGES, 1)]
@@ -67,7 +67,7 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     others = _with_phases({path.parent.name for path in seen} & {*runs}, runs) - {*needed}
     verdicts = {}
     if {4, 6} & {*numbers}:
-        verdicts = config.check_runs(
+        verdicts = check.check_runs(
             needed, sorted(others), runs, args.expdir, write=not args.dry_run
         )
         teachers.refuse(runs, verdicts)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,9 +16,8 @@ from typing import Any
 
 import yaml
 
-from espnet_pl import __version__
 from espnet_pl.bridge.merge import merge
-from espnet_pl.recipe import check, markers
+from espnet_pl.recipe import markers
 
 ASR = Path("conf/asr.yaml")  # the model and optimiser that all runs share
 WRITTEN = ("studies", "phases")  # folders of an expdir with configurations that the driver writes
@@ -334,43 +332,6 @@ def default_expdir(asr: Path) -> Path:
 def run_dir(run: str, seed: int, expdir: Path) -> Path:
     """The folder of one run: ``<expdir>/<run>``, other seeds in ``<expdir>/seed<N>/<run>``."""
     return expdir / run if seed == 1 else expdir / f"seed{seed}" / run
-
-
-def check_runs(
-    names: Iterable[str],
-    others: Iterable[str],
-    runs: Mapping[str, Run],
-    expdir: Path,
-    write: bool = True,
-) -> dict[str, check.Verdict]:
-    """Lets the bridge check the runs' configurations; tells what each of them needs.
-
-    Importing ESPnet takes seconds, so verdicts are kept beside the experiments until a file
-    changes.  ``others`` are runs this call is not about: a mistake in one only leaves it out.
-    """
-    memory = expdir / "checked.json"
-    known = markers.read(memory) or {}
-    keys = {}
-    for name in [*names, *others]:
-        content = [markers.content(path) for path in runs[name].files]
-        keys[name] = hashlib.sha256(json.dumps([content, __version__]).encode()).hexdigest()
-    new = [name for name, key in keys.items() if not isinstance(known.get(key), dict)]
-    if new:
-        try:
-            verdicts = check.ask([[str(path) for path in runs[name].files] for name in new])
-        except RuntimeError as error:
-            raise RecipeError(f"the configurations cannot be checked:\n{error}") from error
-        for name, verdict in zip(new, verdicts, strict=True):
-            if isinstance(verdict, str) and name in names:
-                raise RecipeError(verdict)
-            known[keys[name]] = verdict
-        if write:
-            markers.write(memory, {key: v for key, v in known.items() if isinstance(v, dict)})
-    return {
-        name: check.Verdict(**known[key])
-        for name, key in keys.items()
-        if isinstance(known[key], dict)
-    }
 
 
 def mapping(path: Path) -> dict:
