@@ -276,6 +276,30 @@ FAULTS = {
         "pass",
         f"{BRIDGE}/test_csl.py -k optimised",
     ),
+    "the farthest cluster is the frame's": Fault(
+        "espnet_pl/parts/clusters.py",
+        "[None]).argmin(2)",
+        "[None]).argmax(2)",
+        f"{PARTS}/test_clusters.py",
+    ),
+    "clusters are learnt from all there is": Fault(
+        "espnet_pl/parts/clusters.py",
+        "count >= ENOUGH",
+        "False",
+        f"{PARTS}/test_clusters.py",
+    ),
+    "clusters of order 2 are counted as tokens": Fault(
+        "espnet_pl/parts/frame_labels.py",
+        "(how.said(tokens) + 1)",
+        "(tokens + 1)",
+        f"{PARTS}/test_frame_labels.py -k clusters",
+    ),
+    "each shard has clusters of its own": Fault(
+        "espnet_pl/bridge/label.py",
+        "if not path.exists():",
+        "if True:",
+        f"{BRIDGE}/test_label.py -k known",
+    ),
     "a phase starts where its run does": Fault(
         "espnet_pl/recipe/config.py",
         '{"recipe": {"init": [*runs][-1]}}',
