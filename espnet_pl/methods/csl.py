@@ -5,22 +5,19 @@ Source: Xiao, Fuegen, Mohamed, "Contrastive Semi-supervised Learning for ASR", a
     arXiv:2004.11362, equation 2 (losses/contrastive.py).
 Equation: L = L_sup on N_L and λ · L_u on N_U of N_L + N_U updates.  Of each segment, a maximal run
     of frames with the same label y (parts/frame_labels.py), one frame is drawn in each update;
-    z = (h − h̄) / |h − h̄| of it, where h = g(f(strong(x))), with the encoder f and a projection g,
-    and h̄ is the mean of all frames drawn (centre: false: 0), and
+    z = g(f(strong(x))) / |g(f(strong(x)))| of it, with the encoder f and a projection g, and
     L_u = 1/|I| Σ_{i∈I} −1/|P(i)| Σ_{p∈P(i)} log( exp(z_i·z_p/τ) / Σ_{a∈A(i)} exp(z_i·z_a/τ) )
     P(i): the other frames of the batch with label y_i;  N(i): those of other labels in the same
     utterance (negatives: utterance) or in the batch;  A(i) = P(i) ∪ N(i), or {p} ∪ N(i)
     (denominator: one);  I: frames that have both.
 Differs from the paper: its teacher is a hybrid model of context-dependent graphemes, ours has a CTC
-    layer; order: 2 makes units of its tokens that know their left neighbour.  Nothing says that it
-    takes the mean off h.  Without that, an encoder that has learnt nothing gives all frames nearly
-    the same z, where the loss is flat: on fsdd it stayed there for 1000 updates.
-Unverified, for the text was not at hand: τ, the denominator, how frames were labelled (by alignment
-    or not), if frames that are masked may be drawn, and the activation of g's hidden layer.  From
-    descriptions: one hidden layer of 1024, 128 dimensions, one frame of each segment, negatives
-    from the same utterance; that batches are made such that labels meet (``batching: label_aware``;
-    of units of order 2 with ``batching_conf: {order: 2}``), and that cross-entropy in turn with
-    this loss (``alternate``) was no better.
+    layer; order: 2 makes units of its tokens that know their left neighbour.  Unverified, for its
+    text was not at hand: τ, the denominator, how frames were labelled (by alignment or not), if
+    frames that are masked may be drawn, and the activation of g's hidden layer.  From descriptions:
+    one hidden layer of 1024, 128 dimensions, one frame of each segment, negatives from the same
+    utterance; that batches are made such that labels meet (``batching: label_aware``; of units of
+    order 2 with ``batching_conf: {order: 2}``), and that cross-entropy in turn with this loss
+    (``alternate``) was no better.
 Cost: one training pass of the encoder per unlabelled update; the teacher is asked once.
 """
 
@@ -43,9 +40,6 @@ class Config(FrameLabellingConfig):
     temperature: float = 0.1  # τ; the paper's is not known
     hidden: int = 1024  # of the projection
     out: int = 128
-    centre: bool = (
-        True  # take the mean off the projections, or an encoder cannot start from nothing
-    )
     negatives: Literal["utterance", "batch"] = "utterance"
     denominator: Literal["all", "one"] = "all"
     alternate: bool = False  # every other unlabelled batch by cross-entropy, as in ce_pl
@@ -86,8 +80,6 @@ class Method(FrameLabelling):
         rows, places = draw_of_segments(labels)
         y, device = labels[rows, places], features.device
         z = self.projection(features[rows.to(device), places.to(device)])
-        if self.config.centre and len(z):
-            z = z - z.mean(0)
         utterance = rows.to(device) if self.config.negatives == "utterance" else None
         loss, positives, negatives = contrastive(
             Frames(z, y.to(device), utterance),
