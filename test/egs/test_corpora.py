@@ -439,6 +439,10 @@ def test_an4_splits_are_those_documented(make, tmp_path):
     assert size("test_ext") == (10, 127, 5.3, 724)
     real = read(folder, "train_labelled") + read(folder, "train_labelled_speed")
     assert read(folder, "train_labelled_real") == sorted(real)
+    for few in (7, 21):  # of all seven speakers, each at three speeds
+        some = read(folder, f"train_labelled_{few}")
+        assert len(some) == 3 * few and {u.id for u in some} < {u.id for u in real}
+        assert len({u.speaker.rpartition("-")[2] for u in some}) == 7
     plus = real + read(folder, "train_labelled_generated")
     assert read(folder, "train_labelled_plus") == sorted(plus)
     unlabelled = read(folder, "train_unlabelled") + read(folder, "train_unlabelled_speed")

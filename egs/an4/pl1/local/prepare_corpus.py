@@ -6,7 +6,8 @@
 ``train_labelled_speed`` and ``train_unlabelled_speed`` are the same played slower and faster.
 ``train_labelled_generated`` has AN4's grammar in voices of eSpeak NG, close to the microphone.
 ``train_labelled_real`` and ``train_unlabelled_real`` are the recordings at all speeds, and
-``train_labelled_plus`` has the generated speech too.
+``train_labelled_plus`` has the generated speech too.  ``train_labelled_21`` and ``train_labelled_7``
+are so many recordings, of all speakers by turns, at all speeds: for worse models.
 """
 
 import argparse
@@ -31,9 +32,11 @@ URL = f"https://github.com/cmusphinx/an4/archive/{COMMIT}.tar.gz"
 # download.pcm_digest of the 1078 recordings at that commit, by utterance id.
 DIGEST = "5e08ef435eb7194ac08af777710b6787230e802299420664b5cb19995993dcac"
 SPEEDS = ("0.9", "1.1")  # Kaldi's three-way speed perturbation; the third is 1
+FEW = (21, 7)  # 3 % and 1 % of the recordings to train with
 DERIVED = (  # the sets that splits.tsv does not name
     "train_labelled_speed", "train_labelled_real", "train_labelled_generated",
     "train_labelled_plus", "train_unlabelled_speed", "train_unlabelled_real", "train_oracle",
+    *(f"train_labelled_{n}" for n in FEW),
 )  # fmt: skip
 SPLITS = Path(__file__).with_name("splits.tsv")
 
@@ -73,6 +76,10 @@ def main() -> None:
     for name in ("train_labelled", "train_unlabelled"):
         sets[f"{name}_speed"] = _change_speed(sets[name], audio / f"{name}_speed")
         sets[f"{name}_real"] = sets[name] + sets[f"{name}_speed"]
+    for n in FEW:
+        few = [u.id for u in _by_turns(sets["train_labelled"])[:n]]
+        names = {*few, *(f"sp{speed}-{name}" for speed in SPEEDS for name in few)}
+        sets[f"train_labelled_{n}"] = [u for u in sets["train_labelled_real"] if u.id in names]
     generated = _generate(sets["train_labelled"], audio / "train_labelled_generated", args)
     sets["train_labelled_generated"] = generated
     sets["train_labelled_plus"] = sets["train_labelled_real"] + generated
@@ -192,6 +199,16 @@ def _change_speed(labelled, folder) -> list[Utterance]:
             kaldi.write_audio(path, samples, RATE)
             changed.append(Utterance(key, speaker, str(path), utterance.text))
     return changed
+
+
+def _by_turns(utterances) -> list[Utterance]:
+    """The first utterance of each speaker, then the second of each, and so on."""
+    turn = dict.fromkeys((u.speaker for u in utterances), 0)
+    turns = []
+    for utterance in utterances:
+        turns.append((turn[utterance.speaker], utterance.speaker, utterance))
+        turn[utterance.speaker] += 1
+    return [utterance for *_, utterance in sorted(turns, key=lambda item: item[:2])]
 
 
 def _generate(labelled, folder, args) -> list[Utterance]:

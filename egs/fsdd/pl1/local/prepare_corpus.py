@@ -28,7 +28,7 @@ URL = f"https://github.com/Jakobovski/free-spoken-digit-dataset/archive/{COMMIT}
 DIGEST = "fbf77c5e2e80e5dacab77db4063117dc77b573a60babb054408d7d40fc993eb4"
 
 LABELLED = ("george", "jackson", "lucas")
-FEW = (250, 100, 30)  # strings of the smaller labelled sets
+FEW = (250, 100, 30, 12)  # strings of the smaller labelled sets
 UNLABELLED = ("nicolas", "theo", "yweweler")
 
 
