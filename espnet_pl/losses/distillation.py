@@ -9,15 +9,18 @@ and a student with log P_S(y_k|x) learns it by
 
     cross_entropy   L(x) = − Σ_k w_k log P_S(y_k|x)                       say what is likely
     ranking         L(x) = Σ_k w_k log( w_k / v_k ),   v from P_S, as w   prefer what is likelier
+    reversed        L(x) = Σ_k v_k log( v_k / w_k )                       avoid what is unlikely
     discriminative  L(x) = Σ_k | log w_k − log v_k |                      the same, likely or not
     distance        L(y_k) = D( log P_S(y_k|x) − log P_T(y_k|x) )         be as sure as the teacher
 
 The first is the Kullback-Leibler divergence of P_S from the teacher's distribution over sequences,
 cut to H, less a constant; with one hypothesis, the loss on a hard label.  The second compares the
 distributions over H only: it is 0 if the student prefers as the teacher does, whatever probability
-it gives to all of H.  Its gradient with respect to log P_S(y_k|x) is κ (v_k − w_k).  The third
-does that too, but an unlikely hypothesis counts as much as a likely one; its gradient is
-κ (s_k − v_k Σ_j s_j) with s_k = sign( log v_k − log w_k ).
+it gives to all of H.  Its gradient with respect to log P_S(y_k|x) is κ (v_k − w_k).  The reversed one
+has its zero there, too, with the gradient κ v_k ( log(v_k / w_k) − L ): a student that is sure of
+one hypothesis learns little of the others.  ``discriminative`` does as the second does, but an
+unlikely hypothesis counts as much as a likely one; its gradient is κ (s_k − v_k Σ_j s_j) with
+s_k = sign( log v_k − log w_k ).
 
 The last is full-sum distillation: of the teacher it needs one number, and neither its frames nor
 its alignments.  With d for the difference, D and its gradient with respect to log P_S(y_k|x) are
@@ -35,7 +38,7 @@ section 3.2) with a beam's hypotheses in place of its best one.  The others are 
 "Robust Knowledge Distillation from RNN-T Models With Noisy Training Labels Using Full-Sum Loss",
 arXiv:2303.05958, of which only the abstract was read: it distils the probability of the sequence,
 and in a variant the teacher's "sequence discriminative knowledge".  Which D it takes, and how it
-writes the variant, is not verified: the three forms of D are ours, and so are the second and third.
+writes the variant, is not verified: the three forms of D are ours, and so are the others.
 Axes: n utterances, k hypotheses of all utterances.  Unit: nats per utterance; that of ``distance``,
 nats per hypothesis, or their squares.
 """
@@ -100,6 +103,26 @@ def ranking(
     return _expected(log_w, difference, utterance, n)
 
 
+def reversed_ranking(
+    log_w: Float[Tensor, " k"],
+    log_p: Float[Tensor, " k"],
+    utterance: Int[Tensor, " k"],
+    n: int,
+    scale: float = 1.0,
+) -> Float[Tensor, " n"]:
+    """Σ_k v_k log(v_k / w_k) of each utterance; 0 without a hypothesis, or with one only.
+
+    Args:
+        log_w: the teacher's, from ``posterior``; no gradient goes there.
+        log_p: the student's full sums.  H is without what either of both deems impossible: such a
+            hypothesis costs nothing, and w and v are shared out among the others.
+        scale: κ, of v.
+    """
+    log_w, log_v = _of_both(log_w.detach(), log_p, utterance, n, scale)
+    ratio = log_v - torch.where(log_w.isneginf(), 0.0, log_w)
+    return _expected(log_v, ratio, utterance, n)
+
+
 def discriminative(
     log_w: Float[Tensor, " k"],
     log_p: Float[Tensor, " k"],
@@ -117,12 +140,8 @@ def discriminative(
 
     What is not a number, of teacher or student, makes its utterance's loss so.
     """
-    possible = ~(log_w + log_p).isneginf()  # with what is not a number, the sum is none either
-    log_w, log_v = (
-        posterior(x.masked_fill(~possible, -torch.inf), utterance, n, kappa)
-        for x, kappa in ((log_w.detach(), 1.0), (log_p, scale))
-    )
-    size = torch.where(possible, log_w - log_v, 0.0).abs()
+    log_w, log_v = _of_both(log_w.detach(), log_p, utterance, n, scale)
+    size = torch.where(log_v.isneginf(), 0.0, log_w - log_v).abs()
     return size.new_zeros(n).index_add(0, utterance, size)
 
 
@@ -162,6 +181,15 @@ def distance(
         nothing = torch.zeros_like(difference)
         return huber_loss(difference, nothing, reduction="none", delta=delta)
     return difference.abs() if kind == "l1" else difference.square()
+
+
+def _of_both(log_w, log_p, utterance, n, scale):
+    """log w and log v among what both deem possible; −inf elsewhere."""
+    possible = ~(log_w + log_p).isneginf()  # with what is not a number, the sum is none either
+    return (
+        posterior(x.masked_fill(~possible, -torch.inf), utterance, n, kappa)
+        for x, kappa in ((log_w, 1.0), (log_p, scale))
+    )
 
 
 def _expected(log_w, values, utterance, n):

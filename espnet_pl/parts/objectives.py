@@ -13,6 +13,7 @@ occupancies in the teacher's lattice,
     p_t ∝ (teacher's probability)^{1/temperature};  temperature 0: its likeliest token
     w_k ∝ P(y_k|x)^scale over the hypotheses,  v_k the same of the student
     D: how far apart two full sums are, in nats, or in nats per label (losses/distillation.py)
+    direction reversed: KL(v ‖ w) in place of what follows ``sequences``
     c_t = blank_weight where the teacher's likeliest token is the blank, else 1
 
 each of them a mean over utterances, in nats per utterance.  A label that cannot be learnt is
@@ -46,6 +47,7 @@ from espnet_pl.losses.distillation import (
     distance,
     posterior,
     ranking,
+    reversed_ranking,
 )
 from espnet_pl.losses.entropy import frame_entropy, token_entropy
 from espnet_pl.losses.soft_labels import SoftLabels, kl, soft_labels
@@ -81,6 +83,7 @@ class Objectives:
     hypotheses: Literal["search", "sampled"] = "search"
     opinion: Literal["posterior", "shuffled"] = "posterior"  # w; shuffled among the hypotheses
     scale: float = 1.0  # κ; 0 weighs all hypotheses alike
+    direction: Literal["forward", "reversed"] = "forward"  # of ``sequences``
     # Per edit: of what sequences and ranking learn, w becomes ∝ exp(−risk · Σ_j w_j d(y_k, y_j)),
     # which prefers what is like the others; large, the least Bayes risk.  0: w stays.
     risk: float = 0.0
@@ -94,7 +97,8 @@ class Objectives:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
         if not self.learns:
             raise ValueError(f"one of {', '.join(SUMMANDS)} must be positive: nothing is learnt")
-        compared = self.ranking or self.discriminative
+        backward = self.sequences and self.direction == "reversed"
+        compared = self.ranking or self.discriminative or backward
         for name, least in (("keep", 1), ("beam", 2 if compared else 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least {least}")
@@ -193,8 +197,9 @@ def record(how: Objectives, heard: Any, blank: int) -> list[Record]:
         for i, own in enumerate(records):
             mine = (of == i).nonzero()[:, 0]
             own["labels"], own["lengths"], own["log_w"] = text[mine], lengths[mine], log_w[mine]
+            own["dropped"] = dropped[i]
             if how.full_sum:
-                own["log_p"], own["dropped"] = score[mine], dropped[i]
+                own["log_p"] = score[mine]
         if how.lattice:
             at = log_p.device
             gamma = occupancies(
@@ -258,7 +263,10 @@ def objective(
         log_w = posterior(log_w.where(can, -torch.inf), of, n)
         there = torch.zeros(n, dtype=torch.bool, device=of.device).index_fill(0, of[can], True)
         if how.sequences:
-            loss = cross_entropy(log_w, score, of, n)
+            if how.direction == "forward":
+                loss = cross_entropy(log_w, score, of, n)
+            else:
+                loss = reversed_ranking(log_w, score, of, n, how.scale)
             out["pseudo_sequences"] = average(loss, how.sequences, each, there)
         if how.ranking:
             loss = ranking(log_w, score, of, n, how.scale)

@@ -13,6 +13,7 @@ from espnet_pl.losses.distillation import (
     distance,
     posterior,
     ranking,
+    reversed_ranking,
 )
 from test.losses.test_transducer import FRAMES, LABELS, LENGTHS, network, ours
 
@@ -29,7 +30,7 @@ def scores(seed=0):
 
 def written_out(teacher, student, scale):
     """The equations of the docstring, one utterance at a time, in probabilities."""
-    w, entropies, divergences, ratios = {}, [], [], []
+    w, entropies, divergences, backward, ratios = {}, [], [], [], []
     for n in range(N):
         own = [k for k in range(6) if OWNERS[k] == n]
         p_t = {k: math.exp(teacher[k]) ** scale for k in own}
@@ -38,26 +39,29 @@ def written_out(teacher, student, scale):
         v = {k: p_s[k] / sum(p_s.values()) for k in own}
         entropies.append(-sum(w[k] * float(student[k]) for k in own))
         divergences.append(sum(w[k] * math.log(w[k] / v[k]) for k in own))
+        backward.append(sum(v[k] * math.log(v[k] / w[k]) for k in own))
         ratios.append(sum(abs(math.log(w[k] / v[k])) for k in own))
-    return [w[k] for k in range(6)], entropies, divergences, ratios
+    return [w[k] for k in range(6)], entropies, divergences, backward, ratios
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(0, 10**6))
 def test_equals_the_written_equation(scale, seed):
     teacher, student = scores(seed)
-    w, entropies, divergences, ratios = written_out(teacher, student.detach(), scale)
+    w, entropies, divergences, backward, ratios = written_out(teacher, student.detach(), scale)
     log_w = posterior(teacher, OWNERS, N, scale)
     assert log_w.exp().tolist() == pytest.approx(w, rel=1e-12)
     of_sequences = cross_entropy(log_w, student, OWNERS, N)
     assert of_sequences.tolist() == pytest.approx(entropies, rel=1e-12)
     preferred = ranking(log_w, student, OWNERS, N, scale)
     assert preferred.tolist() == pytest.approx(divergences, abs=1e-11)
+    avoided = reversed_ranking(log_w, student, OWNERS, N, scale)
+    assert avoided.tolist() == pytest.approx(backward, abs=1e-11)
     of_ratios = discriminative(log_w, student, OWNERS, N, scale)
     assert of_ratios.tolist() == pytest.approx(ratios, abs=1e-11)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, ranking, discriminative])
+@pytest.mark.parametrize("loss", [cross_entropy, ranking, reversed_ranking, discriminative])
 def test_gradient_is_the_numerical_one(loss):
     teacher, student = scores()
     log_w = posterior(teacher, OWNERS, N)
@@ -72,6 +76,10 @@ def test_gradient_is_the_written_one():
         (grad,) = torch.autograd.grad(ranking(log_w, student, OWNERS, N, scale).sum(), student)
         v = posterior(student.detach(), OWNERS, N, scale).exp()
         torch.testing.assert_close(grad, scale * (v - log_w.exp()))
+        backward = reversed_ranking(log_w, student, OWNERS, N, scale)
+        (grad,) = torch.autograd.grad(backward.sum(), student)
+        expected = scale * v * (v.log() - log_w - backward.detach()[OWNERS])
+        torch.testing.assert_close(grad, expected)
         (grad,) = torch.autograd.grad(
             discriminative(log_w, student, OWNERS, N, scale).sum(), student
         )
@@ -87,7 +95,7 @@ def test_one_hypothesis_is_a_hard_label():
     log_w = posterior(teacher, own, 6)
     assert (log_w == 0).all()
     torch.testing.assert_close(cross_entropy(log_w, student, alone, 6), -student)
-    for loss in (ranking, discriminative):
+    for loss in (ranking, reversed_ranking, discriminative):
         value = loss(log_w, student, alone, 6)
         (grad,) = torch.autograd.grad(value.sum(), student)
         assert (value == 0).all() and (grad == 0).all()
@@ -107,13 +115,13 @@ def test_only_differences_and_no_order_matter():
     log_w = posterior(teacher, OWNERS, N)
     shift = torch.tensor([5.0, 3.0, -900.0, 1.0], dtype=torch.float64)[OWNERS]
     torch.testing.assert_close(posterior(teacher + shift, OWNERS, N), log_w)
-    for loss in (ranking, discriminative):
+    for loss in (ranking, reversed_ranking, discriminative):
         before = loss(log_w, student, OWNERS, N)
         torch.testing.assert_close(loss(log_w, student + shift, OWNERS, N), before)
         assert (loss(log_w, teacher, OWNERS, N).abs() < 1e-12).all()
     order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(posterior(teacher[order], OWNERS[order], N), log_w[order])
-    for loss in (cross_entropy, ranking, discriminative):
+    for loss in (cross_entropy, ranking, reversed_ranking, discriminative):
         torch.testing.assert_close(
             loss(log_w[order], student[order], OWNERS[order], N), loss(log_w, student, OWNERS, N)
         )
@@ -123,7 +131,7 @@ def test_no_gradient_reaches_the_teacher():
     teacher, student = scores()
     teacher.requires_grad_()
     log_w = posterior(teacher, OWNERS, N)
-    for loss in (cross_entropy, ranking, discriminative):
+    for loss in (cross_entropy, ranking, reversed_ranking, discriminative):
         loss(log_w, student, OWNERS, N).sum().backward()
     for kind in KINDS:
         distance(student, teacher, kind).sum().backward()
@@ -137,7 +145,7 @@ def test_what_the_teacher_deems_impossible_has_no_weight():
         student[1], student[5] = -torch.inf, -torch.inf
     log_w = posterior(teacher, OWNERS, N)
     assert log_w.exp()[[1, 2, 5]].tolist() == [0, 1, 0]
-    for loss in (cross_entropy, ranking, discriminative):
+    for loss in (cross_entropy, ranking, reversed_ranking, discriminative):
         value = loss(log_w, student, OWNERS, N)
         (grad,) = torch.autograd.grad(value.sum(), student)
         assert value.isfinite().all() and value[3] == 0
@@ -157,7 +165,7 @@ def test_no_hypothesis_at_all_and_short_types():
     none = torch.zeros(0)
     nobody = torch.zeros(0, dtype=torch.long)
     assert posterior(none, nobody, 2).shape == distance(none, none).shape == (0,)
-    for loss in (cross_entropy, ranking, discriminative):
+    for loss in (cross_entropy, ranking, reversed_ranking, discriminative):
         assert loss(none, none, nobody, 2).tolist() == [0, 0]
         teacher, student = (x.detach().float() for x in scores())
         log_w = posterior(teacher, OWNERS, N)
@@ -179,20 +187,33 @@ def test_ratios_are_of_what_both_deem_possible():
     with torch.no_grad():
         student[2], teacher[4], student[4] = -torch.inf, -torch.inf, -torch.inf
     log_w = posterior(teacher, OWNERS, N)
-    value = discriminative(log_w, student, OWNERS, N)
-    assert value.tolist() == pytest.approx(expected, abs=1e-11)
-    (grad,) = torch.autograd.grad(value.sum(), student)
-    assert grad.isfinite().all() and (grad[[1, 2, 4, 5]] == 0).all() and grad[0] != 0
+    backward = [0, 0, float((v.exp() * (v - w)).sum()), 0]
+    for loss, of in ((discriminative, expected), (reversed_ranking, backward)):
+        value = loss(log_w, student, OWNERS, N)
+        assert value.tolist() == pytest.approx(of, abs=1e-11)
+        (grad,) = torch.autograd.grad(value.sum(), student)
+        assert grad.isfinite().all() and (grad[[1, 2, 4, 5]] == 0).all() and grad[0] != 0
 
 
+def test_the_reversed_ranking_of_alike_hypotheses_is_what_entropy_lacks():
+    """Σ_k v_k log(v_k K) = log K − H(v)."""
+    _, student = scores()
+    value = reversed_ranking(torch.zeros(6, dtype=torch.float64), student, OWNERS, N)
+    for n in range(N):
+        v = student.detach()[OWNERS == n].softmax(0)
+        expected = math.log(max(len(v), 1)) + float((v * v.log()).sum())
+        assert value[n].item() == pytest.approx(expected, abs=1e-11)
+
+
+@pytest.mark.parametrize("loss", [reversed_ranking, discriminative])
 @pytest.mark.parametrize("of_teacher", [-3.0, -math.inf, math.nan])
-def test_ratios_do_not_hide_what_is_not_a_number(of_teacher):
+def test_ratios_do_not_hide_what_is_not_a_number(of_teacher, loss):
     teacher, student = scores()
     log_w = posterior(teacher, OWNERS, N)
     log_w[1] = of_teacher
     with torch.no_grad():
         student[1] = torch.nan
-    value = discriminative(log_w, student, OWNERS, N)
+    value = loss(log_w, student, OWNERS, N)
     assert value.isnan().tolist() == [True, False, False, False]
 
 

@@ -167,6 +167,18 @@ def test_sequences_are_weighted_by_the_teacher(scale):
     assert summands["pseudo_ranking"].weight == 2.0
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_sequences_the_other_way_round_avoid_what_the_teacher_does(scale):
+    labels, of, log_w = proposals(4, scale)
+    score = log_probability(STUDENT, FRAMES, *pad(labels), of).float()
+    v = torch.cat([(scale * score[of == i]).log_softmax(0) for i in range(3)])
+    expected = (v.exp() * (v - log_w)).sum() / 3
+    how = dict(sequences=2.0, beam=4, scale=scale, direction="reversed")
+    value, weight, count = learnt(**how)[0]["pseudo_sequences"]
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    assert (weight, count) == (2.0, 3)
+
+
 def test_one_hypothesis_is_a_hard_label():
     summands, records = learnt(sequences=1.0, beam=1)
     labels = [own["labels"][0, : own["lengths"][0]].tolist() for own in records]
@@ -320,6 +332,7 @@ def test_hypotheses_that_cannot_be_learnt_give_their_weight_to_the_others():
         (dict(hard=0.0), "nothing is learnt"),
         (dict(keep=0), "keep is 0"),
         (dict(ranking=1.0, beam=1), "beam is 1, it must be at least 2"),
+        (dict(sequences=1.0, direction="reversed", beam=1), "beam is 1"),
         (dict(sampling=0.0), "sampling"),
         (dict(blank_weight=1.5), "blank_weight"),
         (dict(least_confidence=-0.1), "least_confidence"),
