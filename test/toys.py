@@ -125,6 +125,18 @@ class ToyHeardByTransducer(ToyHeard):
         return rank(found, self.score(labels, flat(found)[2].tolist()))
 
 
+class ToyLanguageModel:
+    """Likes some tokens more than others, and few of them; says what it was asked."""
+
+    def __init__(self, log_p=(-0.0, -1.0, -2.5, -0.5, -3.0), shift=0.0):
+        self.own, self.shift, self.asked = log_p, shift, []
+
+    def log_p(self, sequences):
+        self.asked += [list(y) for y in sequences]
+        scores = [sum(self.own[c] for c in y) - 0.7 + self.shift for y in sequences]
+        return torch.tensor(scores, dtype=torch.float64)
+
+
 def utterances(n=3, seed=0, text=True, prefix="utt"):
     """n utterances of 5 to 12 frames; frame t holds a noisy one-hot vector of its token."""
     g = torch.Generator().manual_seed(seed)

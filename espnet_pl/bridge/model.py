@@ -16,6 +16,7 @@ from espnet_pl.bridge.recogniser import Recogniser
 from espnet_pl.methods.base import Method, Term
 from espnet_pl.parts.ranks import gather, several
 
+RIVAL = "rival_"  # before what is said of a method's rival in validation
 SAVED_AS = "method"  # the entry of the optimiser's state that holds the method's
 
 
@@ -35,13 +36,22 @@ class PLModel(AbsESPnetModel):
     def forward(self, **flat: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """ESPnet's flat batch → the weighted sum of the method's terms, each term, a weight."""
         if not self.training:
-            return self.student.net(**flat)
+            return self._validate(flat)
         terms = self.method(self.student, to_batch(flat))
         terms, weight = _across_ranks(terms, len(flat["utt_id"]))
         device = flat[next(k for k in flat if k.endswith("speech"))].device
         loss = sum(t.weight * t.value for t in terms.values() if t.weight)
         stats = {name: t.value.detach().to(device) for name, t in terms.items()}
         return force_gatherable((loss, stats | {"loss": loss.detach()}, weight), device)
+
+    def _validate(self, flat: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The stock model's own criterion; and of the method's rival, under other names."""
+        loss, stats, weight = self.student.net(**flat)
+        rival = self.method.rival()
+        if rival is not None:
+            _, theirs, _ = rival.net(**flat)
+            stats = stats | {RIVAL + name: value for name, value in theirs.items()}
+        return loss, stats, weight
 
     def collect_feats(self, **flat: Any) -> dict[str, Tensor]:
         """The stock model's features, for the statistics stage."""

@@ -34,12 +34,13 @@ class Files(NamedTuple):
 
 
 @contextlib.contextmanager
-def found(path: Path) -> Iterator[Files]:
+def found(path: Path, what: str = "teacher") -> Iterator[Files]:
     """The files of a model, unpacked while they are needed.
 
     Args:
         path: a model folder (``config.yaml``, ``model.pth``), a file of weights beside its
             ``config.yaml``, or a zip made by ``espnet2.bin.pack``.
+        what: the model is, for messages.
 
     Raises:
         ConfigError: a file is missing, or the zip is not safe to unpack.
@@ -52,13 +53,13 @@ def found(path: Path) -> Iterator[Files]:
     config = folder / "config.yaml"
     if path.suffix == ".zip" or not config.is_file():
         lost = path if path.suffix == ".zip" else config
-        raise ConfigError(f"teacher: {lost} is missing; give an exported model folder")
+        raise ConfigError(f"{what}: {lost} is missing; give an exported model folder")
     if not weights.is_file():
         others = sorted(map(str, folder.glob("*.ave*.pth"))) + sorted(
             map(str, folder.glob("valid.*.best.pth"))
         )
         which = f"one of {', '.join(others)}" if others else "an exported model folder"
-        raise ConfigError(f"teacher: {weights} is missing; give {which}")
+        raise ConfigError(f"{what}: {weights} is missing; give {which}")
     yield Files(config, weights)
 
 

@@ -11,10 +11,11 @@ from espnet2.tasks.asr import ASRTask
 from espnet2.tasks.asr_transducer import ASRTransducerTask
 from espnet2.utils.nested_dict_action import NestedDictAction
 
-from espnet_pl.bridge import batching, teachers, teaching
+from espnet_pl.bridge import batching, language_models, teachers, teaching
 from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import PLModel, attach
 from espnet_pl.bridge.recogniser import Recogniser
+from espnet_pl.bridge.trainer import PLTrainer, check_criterion
 from espnet_pl.methods.base import ConfigError, Method, build, config_of, module_of, unknown
 
 # What a configuration of ours has beyond a stock one; taken out of exported models.
@@ -28,6 +29,7 @@ OPTIONS = (
     "teachers",
     "teacher_mode",
     "teacher_store",
+    "language_model",
     "batching",
     "batching_conf",
     "batching_labels",
@@ -37,6 +39,7 @@ OPTIONS = (
 class _Learning:
     """What every task of ours adds to the stock task that it is mixed into."""
 
+    trainer = PLTrainer
     stock: type[AbsTask]  # reads and writes the same models
     student: type[Recogniser]
     with_text = True  # False for the task of the unlabelled speech
@@ -88,6 +91,11 @@ class _Learning:
         group.add_argument(
             "--teacher_store",
             help="folder with what the teacher said, made by espnet_pl.bridge.label",
+        )
+        group.add_argument(
+            "--language_model",
+            help="of a method that uses one: a folder of espnet2.bin.lm_train, or n-grams: .arpa "
+            "(text), .bin (KenLM)",
         )
         group.add_argument(
             "--batching",
@@ -201,7 +209,14 @@ class _Learning:
             resources |= teaching.resources(args, student, cls._tokeniser(args))
         else:
             resources["teachers"] = cls._read_teachers(args)
-        return build(args.method, args.method_conf, student, resources)
+        if args.language_model:
+            device = "cuda" if args.ngpu > 0 else "cpu"
+            resources["language_model"] = language_models.load(
+                args.language_model, args.token_list, device
+            )
+        method = build(args.method, args.method_conf, student, resources)
+        check_criterion(args, method)
+        return method
 
     @classmethod
     def _read_teachers(cls, args: argparse.Namespace) -> list[Recogniser]:

@@ -89,7 +89,7 @@ def load(path: str | Path) -> LoadedTeacher:
         ConfigError: a file is missing or unsafe, or the weights are not those of the model.
     """
     with found(Path(path)) as files:
-        config = _config(files)
+        config = read_config(files)
         stock, student = FAMILIES[_family(files, config)]
         normalize = config.get("normalize_conf") or {}
         if normalize.get("stats_file"):
@@ -99,13 +99,13 @@ def load(path: str | Path) -> LoadedTeacher:
             normalize["stats_file"] = str(stats)
         bpe = config.get("bpemodel") and files.beside(config["bpemodel"], "bpe.model")
         bpe = base64.b64encode(bpe.read_bytes()).decode() if bpe else None
-        tokens = Tokens(_token_list(config), config.get("token_type") or "bpe", bpe)
-        state = _weights(files)
+        tokens = Tokens(read_token_list(config), config.get("token_type") or "bpe", bpe)
+        state = read_weights(files)
         own_hash = _hash(state, config)  # before ESPnet changes what it was given
         # What a method draws later is the same whether its teacher is loaded, or was asked before.
         with torch.random.fork_rng(devices=[]):
             net = build_net(stock, argparse.Namespace(**config))
-        _fill(net, state, files.weights)
+        fill(net, state, files.weights)
         network = student(net).eval().requires_grad_(False)
         return LoadedTeacher(network, tokens, own_hash)
 
@@ -113,7 +113,7 @@ def load(path: str | Path) -> LoadedTeacher:
 def hash_of(path: str | Path) -> str:
     """The hash of a teacher, without building it."""
     with found(Path(path)) as files:
-        return _hash(_weights(files), _config(files))
+        return _hash(read_weights(files), read_config(files))
 
 
 def build_net(stock: type[AbsTask], args: argparse.Namespace) -> torch.nn.Module:
@@ -176,13 +176,21 @@ def translation(
     return translate
 
 
-def _config(files: Files) -> dict[str, Any]:
+def read_config(files: Files, what: str = "teacher") -> dict[str, Any]:
+    """The configuration of a trained model.
+
+    Args:
+        what: the model is, for messages.
+
+    Raises:
+        ConfigError: it is none of ESPnet.
+    """
     try:
         config = yaml.safe_load(files.config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"teacher: {files.config} is not YAML: {error}") from None
+        raise ConfigError(f"{what}: {files.config} is not YAML: {error}") from None
     if not isinstance(config, dict) or "token_list" not in config:
-        raise ConfigError(f"teacher: {files.config} is no configuration of an ESPnet model")
+        raise ConfigError(f"{what}: {files.config} is no configuration of an ESPnet model")
     return config
 
 
@@ -198,44 +206,58 @@ def _family(files: Files, config: Mapping[str, Any]) -> str:
     return task
 
 
-def _token_list(config: Mapping[str, Any]) -> list[str]:
+def read_token_list(config: Mapping[str, Any], what: str = "teacher") -> list[str]:
+    """The tokens of a configuration, in it or in the file that it names.
+
+    Raises:
+        ConfigError: the file is not there.
+    """
     tokens = config["token_list"]
     if isinstance(tokens, str):  # as ESPnet reads it
         try:
             lines = Path(tokens).read_text(encoding="utf-8").rstrip("\n").split("\n")
         except OSError as error:
-            raise ConfigError(f"teacher: its token_list {tokens}: {error.strerror}") from None
+            raise ConfigError(f"{what}: its token_list {tokens}: {error.strerror}") from None
         return [line.rstrip() for line in lines]
     return list(tokens)
 
 
-def _weights(files: Files) -> dict[str, Tensor]:
+def read_weights(files: Files, what: str = "teacher") -> dict[str, Tensor]:
+    """The weights of a trained model, on the CPU.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
     try:
         state = torch.load(files.weights, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, by what is wrong with the file
-        raise ConfigError(f"teacher: {files.weights} holds no weights: {error}") from None
+        raise ConfigError(f"{what}: {files.weights} holds no weights: {error}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"teacher: {files.weights} holds more than weights; give a model.pth")
+        raise ConfigError(f"{what}: {files.weights} holds more than weights; give a model.pth")
     return state
 
 
-def _fill(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Stock loading is not strict: a wrong name would leave a layer random without a word."""
+def fill(net: torch.nn.Module, state: dict[str, Tensor], path: Path, what: str = "teacher") -> None:
+    """Load all weights.  Stock loading is not strict: a wrong name would leave a layer random.
+
+    Raises:
+        ConfigError: they are not those of the model.
+    """
     names = set(net.state_dict())
     state = compat.rename_for_installed(state, names)
     if wrong := sorted(names ^ set(state)):
         raise ConfigError(
-            f"teacher: {path} is not of its config.yaml: {len(wrong)} tensors are in one of them "
+            f"{what}: {path} is not of its config.yaml: {len(wrong)} tensors are in one of them "
             f"only, the first is {wrong[0]}"
         )
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise ConfigError(f"teacher: {path} is not of its config.yaml: {error}") from None
+        raise ConfigError(f"{what}: {path} is not of its config.yaml: {error}") from None
 
 
 def _hash(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    made_of = [_token_list(config), {name: config.get(name) for name in ARCHITECTURE}]
+    made_of = [read_token_list(config), {name: config.get(name) for name in ARCHITECTURE}]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].contiguous()

@@ -20,7 +20,7 @@ from espnet_pl.bridge.merge import merge
 from espnet_pl.bridge.task import task_of
 from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
 
-__all__ = ["ConfigError", "load_config", "main", "needs_unlabelled"]
+__all__ = ["ConfigError", "load_config", "main", "needs_language_model", "needs_unlabelled"]
 
 
 def load_config(paths: Sequence[str | Path]) -> dict[str, Any]:
@@ -64,6 +64,13 @@ def needs_unlabelled(config: Mapping[str, Any]) -> bool:
     name = config.get("method", "supervised")
     settings = config_of(name, config.get("method_conf", {}))
     return module_of(name).Method.pairing(settings).unlabelled > 0
+
+
+def needs_language_model(config: Mapping[str, Any]) -> bool:
+    """Whether the method of a configuration cannot work without a language model."""
+    name = config.get("method", "supervised")
+    settings = config_of(name, config.get("method_conf", {}))
+    return "language_model" in module_of(name).Method.needs(settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

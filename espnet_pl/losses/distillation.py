@@ -16,10 +16,10 @@ and a student with log P_S(y_k|x) learns it by
 The first is the Kullback-Leibler divergence of P_S from the teacher's distribution over sequences,
 cut to H, less a constant; with one hypothesis, the loss on a hard label.  The second compares the
 distributions over H only: it is 0 if the student prefers as the teacher does, whatever probability
-it gives to all of H.  Its gradient with respect to log P_S(y_k|x) is κ (v_k − w_k).  The reversed one
-has its zero there, too, with the gradient κ v_k ( log(v_k / w_k) − L ): a student that is sure of
-one hypothesis learns little of the others.  ``discriminative`` does as the second does, but an
-unlikely hypothesis counts as much as a likely one; its gradient is κ (s_k − v_k Σ_j s_j) with
+it gives to all of H.  Its gradient with respect to log P_S(y_k|x) is κ (v_k − w_k).  ``reversed``
+is 0 there, too; its gradient is κ v_k ( log(v_k / w_k) − L ), so a student that is sure of one
+hypothesis learns little of the others.  ``discriminative`` does as the second does, but an unlikely
+hypothesis counts as much as a likely one; its gradient is κ (s_k − v_k Σ_j s_j) with
 s_k = sign( log v_k − log w_k ).
 
 The last is full-sum distillation: of the teacher it needs one number, and neither its frames nor

@@ -138,6 +138,7 @@ class Method(nn.Module):
 
     requires: ClassVar[frozenset[str]] = frozenset()  # questions the student must answer
     uses: ClassVar[frozenset[str]] = frozenset({"truth"})  # resources it has a use for
+    validates: bool = False  # asks for the results of validation
     taught: ClassVar[bool] = False  # learns from one trained teacher, and has none of its own
     records: ClassVar[str | None] = None  # methods with the same word here ask, and share, the same
 
@@ -151,6 +152,11 @@ class Method(nn.Module):
     def pairing(cls, config: Any) -> Pairing:
         """Which batches meet in an update."""
         return Pairing()
+
+    @classmethod
+    def needs(cls, config: Any) -> frozenset[str]:
+        """The resources without which it cannot work, of those that it has a use for."""
+        return frozenset()
 
     def learns(self) -> list[nn.Parameter]:
         """Parameters of its own that are trained with the student's; never those of a copy.
@@ -247,6 +253,20 @@ class Method(nn.Module):
         """Called once after each real update of the student."""
         self.step += 1
 
+    def rival(self) -> nn.Module | None:
+        """A network of its own that is to be validated beside the student; of a method that
+        ``validates``, asked in each batch of a validation.  None: there is none, or it was before.
+        """
+        return None
+
+    def validated(self, student: nn.Module, mine: float, rivals: float | None) -> None:
+        """Called after each validation, before the checkpoint; of a method that ``validates``.
+
+        Args:
+            mine: the student's mean of what the best epoch is chosen by; the smaller, the better.
+            rivals: the same of the rival, if there was one.
+        """
+
 
 def module_of(name: str) -> types.ModuleType:
     """The module of a method: a file in ``espnet_pl/methods``, or a dotted path.
@@ -319,7 +339,8 @@ def build(
         student: what will be trained; answers ``Student``'s questions.
         resources: what comes from outside, by name: ``truth``, the held-back labels of
             unlabelled utterances (for diagnostics only); ``teachers``, trained networks that
-            label beside the method's own teacher and never change (for pseudo-labelling).
+            label beside the method's own teacher and never change (for pseudo-labelling);
+            ``language_model``, which scores sequences of tokens (``parts.language_model``).
             A method that is taught has instead of these: ``teacher``, the trained network, on the
             CPU, or ``records``, what ``ask`` made of it by utterance id (``parts.store.Reader``),
             the other is None; ``translate``, from its labels to the student's, or None;
@@ -327,8 +348,8 @@ def build(
             many it has; ``teacher_answers``, as a student's ``answers``.
 
     Raises:
-        ConfigError: unknown method or setting, a student that cannot answer, or teachers for a
-            method that has no use for them.
+        ConfigError: unknown method or setting, a student that cannot answer, resources that the
+            method lacks, or teachers or a language model that it has no use for.
     """
     config = config_of(name, conf)
     method_class = module_of(name).Method
@@ -340,6 +361,13 @@ def build(
         )
     if resources.get("teachers") and "teachers" not in method_class.uses:
         raise ConfigError(f"method {name} makes no pseudo-labels: it has no use for other teachers")
+    if resources.get("language_model") is not None and "language_model" not in method_class.uses:
+        raise ConfigError(f"method {name} has no use for a language model")
+    for need in sorted(method_class.needs(config)):
+        if resources.get(need) is None:
+            raise ConfigError(
+                f"method {name} needs a {need.replace('_', ' ')} with these settings: --{need}"
+            )
     return method_class(config, student, resources)
 
 

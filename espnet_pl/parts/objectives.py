@@ -260,6 +260,7 @@ def objective(
         score = heard.score(flat, of.tolist())
         log_w, of = log_w.to(score), of.to(score.device)
         can = ~score.isneginf()  # by the student's frames; the others share their weight
+        numbers["hypotheses_infeasible"] = int((~can).sum()) / max(n, 1)
         log_w = posterior(log_w.where(can, -torch.inf), of, n)
         there = torch.zeros(n, dtype=torch.bool, device=of.device).index_fill(0, of[can], True)
         if how.sequences:

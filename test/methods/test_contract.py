@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from espnet_pl.methods.base import ConfigError, Method, build, config_of, methods, module_of
-from test.toys import VOCABULARY, batch, speaking_student
+from test.toys import VOCABULARY, ToyLanguageModel, batch, speaking_student
 
 
 @pytest.fixture(params=methods())
@@ -16,9 +16,12 @@ def name(request):
 
 def resources(name):
     """What a method of that name cannot do without."""
-    if not module_of(name).Method.taught:
-        return {}
-    return {"teacher": speaking_student(seed=7), "teacher_tokens": VOCABULARY}
+    given, method = {}, module_of(name).Method
+    if "language_model" in method.needs(config_of(name, {})):
+        given["language_model"] = ToyLanguageModel()
+    if method.taught:
+        given |= {"teacher": speaking_student(seed=7), "teacher_tokens": VOCABULARY}
+    return given
 
 
 @pytest.fixture
