@@ -102,6 +102,6 @@ class Encoded:
 
     def _with_attention(self, log_p_ctc, encoded, frames, text, lengths) -> Tensor:
         weight = self.net.ctc_weight
-        if weight == 1.0:
+        if weight == 1.0 or not len(log_p_ctc):  # the stock model takes no empty batch
             return log_p_ctc
         return weight * log_p_ctc - (1 - weight) * self.net.nll(encoded, frames, text, lengths)

@@ -24,6 +24,7 @@ class Verdict(NamedTuple):
     unlabelled: bool = False  # speech
     taught: bool = False  # one trained teacher
     asked: str | None = None  # a hash of what it asks its teacher
+    language_model: bool = False
 
 
 def check_runs(
@@ -78,13 +79,23 @@ def main(configurations: Sequence[str]) -> None:
     """Prints the verdicts."""
     with contextlib.redirect_stdout(sys.stderr):  # ESPnet talks while it is imported
         from espnet_pl.bridge.teaching import hash_of_asked, is_taught
-        from espnet_pl.bridge.train import ConfigError, load_config, needs_unlabelled
+        from espnet_pl.bridge.train import (
+            ConfigError,
+            load_config,
+            needs_language_model,
+            needs_unlabelled,
+        )
 
     verdicts: list[dict | str] = []
     for files in configurations:
         try:
             conf = load_config(files.split(","))
-            found = Verdict(needs_unlabelled(conf), is_taught(conf), hash_of_asked(conf))
+            found = Verdict(
+                needs_unlabelled(conf),
+                is_taught(conf),
+                hash_of_asked(conf),
+                needs_language_model(conf),
+            )
             verdicts.append(found._asdict())
         except ConfigError as error:
             verdicts.append(str(error))

@@ -55,7 +55,8 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     if args.study:
         of_study = study.load(args.study, recipe, runs, args.asr_config, args.expdir)
         pairs = study.chosen(of_study, args.method, _seeds(args.seed) if args.seed else None)
-        runs, numbers = of_study.runs, [number for number in numbers if number <= 4]
+        last = NAMES.index("train") + 1
+        runs, numbers = of_study.runs, [number for number in numbers if number <= last]
         chosen, seeds = ([*dict.fromkeys(values)] for values in zip(*pairs))
     else:
         chosen = _chosen(args.method, recipe, runs)
@@ -66,7 +67,7 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     seen = [*args.expdir.glob("*/infer"), *args.expdir.glob("seed*/*/infer")]
     others = _with_phases({path.parent.name for path in seen} & {*runs}, runs) - {*needed}
     verdicts = {}
-    if {4, 6} & {*numbers}:
+    if {"train_lm", "train", "measure"} & {NAMES[number - 1] for number in numbers}:
         verdicts = check.check_runs(
             needed, sorted(others), runs, args.expdir, write=not args.dry_run
         )
@@ -104,6 +105,8 @@ def _with_phases(names: Collection[str], runs: dict[str, config.Run]) -> set[str
 def _redone(job: launch.Job, inits: Collection[str]) -> bool:
     """Whether ``--force`` is about a job."""
     kind, whose = [*job.name.split(), ""][:2]
+    if kind in ("lm_text", "train_lm"):
+        return bool(job.why())
     if kind == "label" and (whose in inits or " seed " not in job.name):
         return bool(job.why())  # for its own sake only; the same speech would be heard again
     # A run that is only a starting point was not named: it stays as it is.

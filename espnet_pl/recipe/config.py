@@ -49,6 +49,7 @@ class Recipe:
         oracle: the run with the truth of the unlabelled set; recovery 100 %.
         seeds: the seeds without ``--seed``.
         truth: a set whose text holds the unlabelled set's truth; for diagnostics only.
+        lm_text: sets whose text a language model is trained on (default: ``labelled``).
     """
 
     labelled: str = "train_labelled"
@@ -66,6 +67,7 @@ class Recipe:
     oracle: str = "oracle"
     seeds: list[int] = dataclasses.field(default_factory=lambda: [1])
     truth: str | None = None
+    lm_text: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         _check_token_type(self.token_type)
@@ -74,11 +76,26 @@ class Recipe:
                 raise RecipeError(f"report_together: {did_you_mean(name, self.test)}")
         if not self.tokens_from:
             object.__setattr__(self, "tokens_from", [self.labelled])
+        for name in self.lm_text:
+            if name == self.truth:
+                raise RecipeError(
+                    f"lm_text: {name!r} holds what is said in the unlabelled speech (truth), which "
+                    "a language model may not know"
+                )
+            if name in (self.valid, *self.test):
+                raise RecipeError(f"lm_text: {name!r} is recognised and scored; give other sets")
+        if not self.lm_text:
+            object.__setattr__(self, "lm_text", [self.labelled])
 
     def tokens(self, token_type: str) -> Path:
         """The folder of the token list of that type."""
         size = self.nbpe if token_type == "bpe" else ""
         return Path(f"data/token_list/{token_type}{size}")
+
+    def token_files(self, token_type: str) -> tuple[Path, ...]:
+        """What is in it: the list and, of BPE, its model."""
+        names = ("tokens.txt", "bpe.model") if token_type == "bpe" else ("tokens.txt",)
+        return tuple(self.tokens(token_type) / name for name in names)
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,8 @@ class RunOptions:
         take: what of it, ``model`` or ``encoder``.
         teachers: runs whose exported models label beside the method's own teacher.  A method that
             is taught has one: a run, of any tokens, or the path of a model folder or packed zip.
+        language_model: for a method that needs one, the path of another than the recipe's own: a
+            folder of ``espnet2.bin.lm_train``, or n-grams of tokens (``.arpa``).
         export: which network users get, ``student`` or ``teacher`` (default: the method's choice).
     """
 
@@ -105,6 +124,7 @@ class RunOptions:
     init: str | None = None
     take: str = "model"
     teachers: list[str] = dataclasses.field(default_factory=list)
+    language_model: str | None = None
     export: str | None = None
 
     def __post_init__(self):

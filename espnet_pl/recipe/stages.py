@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from espnet_pl.recipe import check, config, parts, teachers
+from espnet_pl.recipe import check, config, language_models, parts, teachers
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
 
@@ -50,7 +50,8 @@ def create_dataset(plan: Plan) -> Iterator[Job]:
     unlabelled = _unique(recipe.unlabelled, *(o.unlabelled for o in options))
     sets = _unique(*labelled, *unlabelled, recipe.valid, *recipe.test)
     lists = tuple(Path(f"data/{name}/wav.scp") for name in sets)
-    texts = tuple(Path(f"data/{n}/text") for n in _unique(*labelled, recipe.valid, *recipe.test))
+    named = _unique(*labelled, recipe.valid, *recipe.test, *recipe.lm_text)
+    texts = tuple(Path(f"data/{name}/text") for name in named)
     yield Job(
         "create_dataset",
         ("bash", "local/data.sh"),
@@ -84,7 +85,7 @@ def train_tokenizer(plan: Plan) -> Iterator[Job]:
         yield Job(
             "train_tokenizer" if kind == recipe.token_type else f"train_tokenizer {kind}",
             (*argv, *map(str, texts)), Path(f"log/train_tokenizer_{folder.name}.log"),
-            inputs=texts, outputs=_token_files(recipe, kind),
+            inputs=texts, outputs=recipe.token_files(kind),
         )  # fmt: skip
 
 
@@ -100,6 +101,11 @@ def collect_stats(plan: Plan) -> Iterator[Job]:
         "collect_stats", tuple(argv), folder / "collect_stats.log",
         inputs=(plan.asr, *inputs), outputs=(_stats(plan),),
     )  # fmt: skip
+
+
+def train_lm(plan: Plan) -> Iterator[Job]:
+    """Train ESPnet's language model on text, for the runs that need one."""
+    yield from language_models.jobs(plan)
 
 
 def train(plan: Plan) -> Iterator[Job]:
@@ -138,6 +144,9 @@ def train(plan: Plan) -> Iterator[Job]:
                 model, files = teachers.files(plan, teacher, seed)
                 argv += ["--teachers", str(model)]
                 inputs += files
+            if model := language_models.of(plan, name):
+                argv += ["--language_model", str(model[0])]
+                inputs += model[1]
             if verdict.taught:
                 mode = plan.teacher_mode or run.teacher_mode
                 argv += ["--teacher_mode", mode] if mode != run.teacher_mode else []
@@ -281,14 +290,16 @@ def pack_model(plan: Plan) -> Iterator[Job]:
         )  # fmt: skip
 
 
-STAGES = (create_dataset, train_tokenizer, collect_stats, train, infer, measure, pack_model)
+STAGES = (
+    create_dataset, train_tokenizer, collect_stats, train_lm, train, infer, measure, pack_model,
+)  # fmt: skip
 
 
 def _training(plan: Plan, labelled: str, token_type: str) -> tuple[list[str], list[Path]]:
     """The part of a training command that statistics and training share, and its input files."""
     recipe = plan.recipe
     argv = ["python3", "-m", "espnet_pl.bridge.train", "--token_type", token_type]
-    inputs = list(_token_files(recipe, token_type))
+    inputs = list(recipe.token_files(token_type))
     argv += ["--token_list", str(inputs[0])]
     argv += ["--bpemodel", str(inputs[1])] if inputs[1:] else []
     for part, name in (("train", labelled), ("valid", recipe.valid)):
@@ -299,11 +310,6 @@ def _training(plan: Plan, labelled: str, token_type: str) -> tuple[list[str], li
         argv += [f"--{part}_shape_file", str(shape)]
         inputs += [wav, text, shape]
     return [*argv, "--use_preprocessor", "true"], inputs
-
-
-def _token_files(recipe: config.Recipe, token_type: str) -> tuple[Path, ...]:
-    names = ("tokens.txt", "bpe.model") if token_type == "bpe" else ("tokens.txt",)
-    return tuple(recipe.tokens(token_type) / name for name in names)
 
 
 def _stats(plan: Plan) -> Path:

@@ -35,6 +35,8 @@ def test_proposals_have_the_scores_of_the_training_criterion(changes):
         said = torch.tensor([p.log_p for i in (2, 0) for p in proposals[i][:3]])
         torch.testing.assert_close(scores.float(), said, rtol=1e-4, atol=1e-4)
         assert model.hear(x).score([[2] * 999], [1]).isneginf()
+    nothing = model.hear(x).score([], [])
+    assert nothing.shape == (0,) and nothing.requires_grad
     for own in proposals:
         assert len({tuple(p.labels) for p in own}) == 5
         assert [p.log_p for p in own] == sorted((p.log_p for p in own), reverse=True)

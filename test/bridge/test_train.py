@@ -9,10 +9,10 @@ from espnet2.tasks.asr import ASRTask
 
 from espnet_pl.bridge.export import export
 from espnet_pl.bridge.train import ConfigError, load_config, main, needs_unlabelled
-from espnet_pl.methods.base import methods, module_of
+from espnet_pl.methods.base import config_of, methods, module_of
 from espnet_pl.parts.cache import PseudoLabelCache
 from test.bridge.conftest import DECODER
-from test.bridge.models import model_folder
+from test.bridge.models import arpa_file, model_folder
 
 SMALL = {"capacity": 2, "unlabelled": 2, "replace": 0.5}
 
@@ -35,7 +35,9 @@ def conf_of(method):
 
 
 def teacher_of(method, tmp_path):
-    """What a method that is taught cannot do without, on the command line."""
+    """What a method cannot do without, on the command line."""
+    if "language_model" in module_of(method).Method.needs(config_of(method, {})):
+        return ["--language_model", str(arpa_file(tmp_path / "lm.arpa"))]
     if not module_of(method).Method.taught:
         return []
     folder = model_folder(tmp_path / "teacher", "attention")

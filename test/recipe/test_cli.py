@@ -71,7 +71,7 @@ def test_help_is_quick_and_complete():
     assert time.monotonic() - began < 5  # 0.2 s on a quiet machine
     assert out.returncode == 0, out.stderr
     assert (
-        "4 train " in out.stdout
+        "5 train " in out.stdout
         and "method slimipl, starts from supervised (default)" in out.stdout
     )
 
@@ -181,9 +181,12 @@ def test_the_bridge_is_asked(monkeypatch):
     Path("conf/wider.yaml").write_text("method: test.bridge.taught\nmethod_conf: {beam: 3}\n")
     Path("conf/same.yaml").write_text("method: test.bridge.taught\nmethod_conf: {beam: 2}\n")
     files += [["conf/asr.yaml", f"conf/{name}.yaml"] for name in ("taught", "wider", "same")]
-    supervised, slimipl, oracle, taught, wider, same = ASK(files)
-    assert check.Verdict(**supervised) == (False, False, None)
-    assert check.Verdict(**slimipl) == (True, False, None)
+    Path("conf/lpm.yaml").write_text("method: lpm\n")
+    files.append(["conf/asr.yaml", "conf/lpm.yaml"])
+    supervised, slimipl, oracle, taught, wider, same, lpm = ASK(files)
+    assert check.Verdict(**lpm) == (True, False, None, True)
+    assert check.Verdict(**supervised) == (False, False, None, False)
+    assert check.Verdict(**slimipl) == (True, False, None, False)
     assert taught["unlabelled"] and taught["taught"] and taught == same
     assert wider["asked"] not in (taught["asked"], None)
     assert "max_epohc" in oracle and "max_epoch" in oracle

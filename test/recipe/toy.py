@@ -24,8 +24,9 @@ def verdicts(configurations):
             merged |= markers.load_yaml(Path(file)) or {}
         taught = merged["method"] == "taught"
         asked = f"beam {merged.get('method_conf', {}).get('beam')}" if taught else None
-        unlabelled = taught or merged["method"] == "slimipl"
-        found.append(check.Verdict(unlabelled, taught, asked)._asdict())
+        unlabelled = taught or merged["method"] in ("slimipl", "lpm")
+        of_text = merged["method"] == "lpm"
+        found.append(check.Verdict(unlabelled, taught, asked, of_text)._asdict())
     return found
 
 
