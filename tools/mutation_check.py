@@ -606,6 +606,78 @@ FAULTS = {
         "[str(other)]",
         "test/recipe/test_teachers.py",
     ),
+    "what is no text keeps a share of the prior": Fault(
+        "espnet_pl/methods/lpm.py",
+        "posterior(log_prior.where(text, -torch.inf), of, n)",
+        "posterior(log_prior, of, n)",
+        f"{METHODS}/test_lpm.py",
+    ),
+    "the prior forgets its exponent": Fault(
+        "espnet_pl/methods/lpm.py",
+        "self.config.kappa * log_lm.where",
+        "log_lm.where",
+        f"{METHODS}/test_lpm.py",
+    ),
+    "lengths are without the end of the sentence": Fault(
+        "espnet_pl/methods/lpm.py",
+        "self.length_band * (greedy + 1)",
+        "self.length_band * greedy",
+        f"{METHODS}/test_lpm.py",
+    ),
+    "a student that is no better proposes": Fault(
+        "espnet_pl/methods/lpm.py",
+        "if mine < self.best:",
+        "if mine <= self.best:",
+        f"{METHODS}/test_lpm.py",
+    ),
+    "the student is its own rival in validation": Fault(
+        "espnet_pl/bridge/model.py",
+        "rival.net(**flat)",
+        "self.student.net(**flat)",
+        f"{BRIDGE}/test_lpm.py",
+    ),
+    "the ratio the other way round is weighed by the teacher": Fault(
+        "espnet_pl/losses/distillation.py",
+        "return _expected(log_v, ratio",
+        "return _expected(log_w, ratio",
+        "test/losses/test_distillation.py",
+    ),
+    "the end of a sentence has no probability": Fault(
+        "espnet_pl/parts/language_model.py",
+        "for word in (*sequence, self._end):",
+        "for word in sequence:",
+        f"{PARTS}/test_language_model.py",
+    ),
+    "backing off is free": Fault(
+        "espnet_pl/parts/language_model.py",
+        "return self._back_off.get(history, 0.0) + self._next",
+        "return self._next",
+        f"{PARTS}/test_language_model.py",
+    ),
+    "what was asked for last is forgotten first": Fault(
+        "espnet_pl/parts/language_model.py",
+        "popitem(last=False)",
+        "popitem(last=True)",
+        f"{PARTS}/test_language_model.py",
+    ),
+    "a score depends on the batch it is in": Fault(
+        "espnet_pl/bridge/language_models.py",
+        "(scores / STEP).round() * STEP",
+        "scores",
+        f"{BRIDGE}/test_language_models.py",
+    ),
+    "a language model may have tokens in another order": Fault(
+        "espnet_pl/bridge/language_models.py",
+        "if own == token_list:",
+        "if {*own} == {*token_list}:",
+        f"{BRIDGE}/test_language_models.py",
+    ),
+    "the language model reads the truth": Fault(
+        "espnet_pl/recipe/lm_text.py",
+        "if known:",
+        "if len(known) == len(lines):",
+        "test/recipe/test_language_models.py",
+    ),
 }
 
 

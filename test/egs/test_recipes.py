@@ -62,7 +62,7 @@ def run_sh(folder, corpus, *options):
 def test_from_audio_to_the_table(corpus, model, tmp_path):
     pytest.importorskip("espeakng_loader")
     folder = small_recipe(corpus, tmp_path / corpus / "pl1")
-    options = ["--method", "supervised,slimipl,csl", "--seed", "1"]
+    options = ["--method", "supervised,slimipl,csl,lpm", "--seed", "1"]
     own = "" if model == "asr" else f"_{model}"
     if own:
         options += ["--asr_config", f"conf/{model}.yaml"]
@@ -71,8 +71,9 @@ def test_from_audio_to_the_table(corpus, model, tmp_path):
     runs = json.loads((experiments / "results.json").read_text())["runs"]
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     table = (folder / f"RESULTS{own}.md").read_text()
+    assert (experiments / "lm/word/valid.loss.ave.pth").exists()
     assert "csl.contrast" in json.loads((experiments / "results.json").read_text())["before"]
-    for run in ("supervised", "slimipl", "csl"):
+    for run in ("supervised", "slimipl", "csl", "lpm"):
         for heard in recipe["test"]:
             assert f"|{run}/{heard}|" in table
             decoded = experiments / run / "infer" / heard / "text"
