@@ -32,6 +32,7 @@ setup(
             "inflect<6; python_version < '3.12'",
         ],
         "mini_alnum": ["espeakng-loader"],
+        "lm": ["kenlm"],  # n-grams in its binary format; those in text need nothing
         # CUDA builds of torch bring their own release; elsewhere it only interprets, for tests
         "kernels": ["triton; platform_system == 'Linux'"],
         "test": [
