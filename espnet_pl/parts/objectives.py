@@ -257,7 +257,8 @@ def objective(
             out[f"pseudo_{name}"] = average(loss, weight, each, there)
     if how.compares:
         flat, log_w, of = usable(records, max_labels)
-        score = heard.score(flat, of.tolist())
+        # Of nothing there is no score; but every layer stays on the graph, for all ranks of a job.
+        score = heard.score(flat, of.tolist()) if flat else heard.score([[]], [0])[:0]
         log_w, of = log_w.to(score), of.to(score.device)
         can = ~score.isneginf()  # by the student's frames; the others share their weight
         numbers["hypotheses_infeasible"] = int((~can).sum()) / max(n, 1)

@@ -152,3 +152,22 @@ def test_who_needs_a_language_model(tmp_path):
         path.write_text(yaml.safe_dump({"method": "lpm", "method_conf": conf}))
         assert needs_language_model(load_config([path])) == needs
     assert not needs_language_model({"method": "mpl"})
+
+
+@pytest.mark.parametrize("base", [TRANSDUCER, ASR | DECODER | {"model_conf": {"ctc_weight": 0.3}}])
+def test_where_no_sentence_can_end_nothing_is_learnt_and_all_layers_have_a_gradient(
+    base, learn, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    model = arpa_file(tmp_path / "endless.arpa")
+    lines = ["-99\t</s>" if "</s>" in x else x for x in model.read_text().split("\n")]
+    model.write_text("\n".join(lines))
+    conf = {"labelled": 0, "unlabelled": 1, "proposal": "frozen"}
+    optimizer = learn(conf=conf, base=base, model=model)["optimizers"][0]
+    assert "utterances_left_out=1.000" in caplog.text and "hypotheses=0.000" in caplog.text
+    assert optimizer["method"]["step"] == 5
+    state = optimizer["state"]
+    without = [i for i in optimizer["param_groups"][0]["params"] if i not in state]
+    # Without attention or a score of its own a layer has none: of a transducer, that of CTC.
+    assert len(without) <= (2 if base is TRANSDUCER else 0)
+    assert not any(own["exp_avg"].any() for own in state.values())
