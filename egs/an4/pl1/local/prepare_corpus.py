@@ -6,8 +6,8 @@
 ``train_labelled_speed`` and ``train_unlabelled_speed`` are the same played slower and faster.
 ``train_labelled_generated`` has AN4's grammar in voices of eSpeak NG, close to the microphone.
 ``train_labelled_real`` and ``train_unlabelled_real`` are the recordings at all speeds, and
-``train_labelled_plus`` has the generated speech too.  ``train_labelled_21`` and ``train_labelled_7``
-are so many recordings, of all speakers by turns, at all speeds: for worse models.
+``train_labelled_plus`` has the generated speech too.  ``train_labelled_21`` and ``_7`` are so many
+recordings, of all speakers by turns, at all speeds: for worse models.
 """
 
 import argparse
