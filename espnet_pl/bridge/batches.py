@@ -81,7 +81,10 @@ class PairedIterFactory(AbsIterFactory):
 
     def _one_pass(self) -> int:
         labelled, unlabelled = len(self.batches["labelled"]), len(self.batches["unlabelled"])
-        if self.pairing.together or not self.pairing.unlabelled:
+        if self.pairing.together:
+            explore, joint = self.pairing.explore, self.pairing.joint
+            return labelled + explore * (-(-labelled // joint) if joint else 1)
+        if not self.pairing.unlabelled:
             return labelled
         if not self.pairing.labelled:
             return unlabelled

@@ -8,7 +8,8 @@ distributed job knows what the others do.
 
 In turn: blocks of N_L labelled and N_U unlabelled updates, shuffled inside each
 block: the ratio is exact, the order random.  Together: every update sees one
-batch of each.  The shorter stream cycles; each pass over a stream is shuffled anew.
+batch of each; or E updates see an unlabelled batch only, the next J both, and so on.
+The shorter stream cycles; each pass over a stream is shuffled anew.
 
 The cache (capacity C > 0, replacement p), in the words of the released slimIPL
 recipe (mode 'fixed-pre-cache'): a list of C unlabelled batches.  An unlabelled
@@ -50,6 +51,8 @@ class Pairing:
     labelled: int = 1  # N_L, labelled updates of a block
     unlabelled: int = 0  # N_U, unlabelled updates of a block
     together: bool = False  # both in every update; N_L and N_U are 1 then
+    explore: int = 0  # E, unlabelled updates before every J that see both
+    joint: int = 0  # J; 0: all that follow the first E
     warmup: int = 0  # M, labelled updates before the first unlabelled one
     capacity: int = 0  # C, batches in the cache; 0: none, an unlabelled batch comes unannounced
     replace: float = 0.1  # p, how likely a used entry is replaced
@@ -57,7 +60,8 @@ class Pairing:
     replace_when: Literal["random", "changed", "settled"] = "random"
 
     def __post_init__(self) -> None:
-        if min(self.labelled, self.unlabelled, self.warmup, self.capacity) < 0:
+        counts = (self.labelled, self.unlabelled, self.warmup, self.capacity)
+        if min(*counts, self.explore, self.joint) < 0:
             raise ValueError(f"negative count in {self}")
         if self.labelled + self.unlabelled == 0:
             raise ValueError("labelled and unlabelled are both 0: there is nothing to train on")
@@ -67,6 +71,13 @@ class Pairing:
             raise ValueError(f"replace_when is {self.replace_when!r}: that takes capacity > 0")
         if self.together and (self.labelled, self.unlabelled) != (1, 1):
             raise ValueError("together means one labelled and one unlabelled batch per update")
+        if (self.explore or self.joint) and not self.together:
+            raise ValueError("explore and joint are of updates that see both: together")
+
+    def explores(self, turn: int) -> bool:
+        """Whether the turn-th unlabelled batch, counted from 0, comes without a labelled one."""
+        block = self.explore + self.joint
+        return (turn % block if self.joint else turn) < self.explore
 
 
 @dataclass(frozen=True)
@@ -117,8 +128,8 @@ def _plan(pairing, n_labelled, n_unlabelled, seed, chance, ahead):
 
     unlabelled = _unlabelled(pairing, n_unlabelled, seed, chance, ahead)
     if pairing.together:
-        for used, fresh, gone in unlabelled:
-            yield Step(next(labelled), used, fresh, gone)
+        for turn, (used, fresh, gone) in enumerate(unlabelled):
+            yield Step(None if pairing.explores(turn) else next(labelled), used, fresh, gone)
     order = Random(f"order {seed}")
     block = [True] * pairing.labelled + [False] * pairing.unlabelled
     fresh = ()

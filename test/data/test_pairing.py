@@ -25,6 +25,29 @@ def test_together_every_update_sees_both():
     assert all(s.labelled is not None and s.unlabelled is not None for s in found)
 
 
+def test_exploration_hears_unlabelled_speech_alone():
+    def kinds(n=20, **how):
+        found = steps(Pairing(unlabelled=1, together=True, **how), n)
+        assert all(s.unlabelled is not None for s in found)
+        return "".join("u" if s.labelled is None else "b" for s in found)
+
+    assert kinds(explore=3, joint=2) == "uuubb" * 4
+    assert kinds(explore=3) == "uuu" + 17 * "b"
+    assert kinds(joint=4) == kinds() == 20 * "b"
+    found = steps(Pairing(unlabelled=1, together=True, explore=2, joint=1), 33)
+    both = [s for s in found if s.labelled is not None]
+    alone = steps(Pairing(unlabelled=1, together=True), 11)
+    assert [s.labelled for s in both] == [s.labelled for s in alone]  # no batch is lost
+    assert sorted(s.unlabelled for s in found) == sorted(3 * [*range(11)])
+
+
+def test_exploration_begins_after_the_warm_up():
+    found = steps(Pairing(unlabelled=1, together=True, explore=2, joint=1, warmup=3), 9)
+    assert [(s.labelled is not None, s.unlabelled is not None) for s in found] == [
+        *[(True, False)] * 3, *[(False, True), (False, True), (True, True)] * 2
+    ]  # fmt: skip
+
+
 def test_each_stream_is_passed_whole_shuffled_anew_and_the_shorter_cycles():
     found = steps(Pairing(unlabelled=1, together=True), 33)
     unlabelled = [s.unlabelled for s in found]
@@ -192,6 +215,10 @@ def test_labelled_only():
         dict(together=True, unlabelled=4),
         dict(capacity=-1),
         dict(unlabelled=1, replace_when="settled"),
+        dict(unlabelled=1, explore=2),
+        dict(unlabelled=1, joint=2),
+        dict(unlabelled=1, together=True, explore=-1),
+        dict(unlabelled=1, together=True, joint=-1),
     ],
 )
 def test_impossible_pairings_are_refused(bad):
