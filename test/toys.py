@@ -11,7 +11,7 @@ from espnet_pl.losses.ctc import feasible, log_probability
 from espnet_pl.losses.joint import Joint
 from espnet_pl.losses.transducer import Lattices, hypotheses
 from espnet_pl.losses.transducer import log_probability as log_probability_of_transducer
-from espnet_pl.methods.base import Batch, Utterances
+from espnet_pl.methods.base import Batch, Inputs, Utterances
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.search import flat, prefix_search, rank
 
@@ -22,8 +22,8 @@ class ToyStudent(nn.Module):
     """Dropout (the strong view), batch normalisation (buffers), and a CTC layer."""
 
     blank = 0
-    answers = frozenset({"supervised", "features", "frame_log_probs", "score", "propose"})
-    feature_size = 16
+    answers = frozenset({"supervised", "features", "inputs", "frame_log_probs", "score", "propose"})
+    feature_size, input_size = 16, VOCABULARY
 
     def __init__(self):
         super().__init__()
@@ -38,17 +38,27 @@ class ToyStudent(nn.Module):
         loss = -self.hear(x).score(labels).mean()
         return loss, {"loss_ctc": loss}
 
-    def hear(self, x):
+    def hear(self, x, hide=None):
         self.views.append(self.training)
-        hidden = torch.tanh(self.hidden(x.speech))
+        given, speech = hiding(x, hide)
+        hidden = torch.tanh(self.hidden(speech))
         hidden = self.norm(hidden.transpose(1, 2)).transpose(1, 2)
         hidden = self.dropout(hidden)
-        return ToyHeard(self.out(hidden).log_softmax(dim=-1), x.speech_lengths, hidden)
+        return ToyHeard(self.out(hidden).log_softmax(dim=-1), x.speech_lengths, hidden, given)
+
+
+def hiding(x, hide):
+    """What the toy was to hear, and what it hears."""
+    if hide is None:
+        return None, x.speech
+    hidden = hide(x.speech_lengths, x.speech.shape[1])
+    given = Inputs(x.speech, x.speech_lengths, hidden)
+    return given, x.speech.masked_fill(hidden[..., None], 0.0)
 
 
 class ToyHeard:
-    def __init__(self, log_p, frames, hidden=None):
-        self.log_p, self.frames, self.hidden = log_p, frames, hidden
+    def __init__(self, log_p, frames, hidden=None, given=None):
+        self.log_p, self.frames, self.hidden, self.given = log_p, frames, hidden, given
 
     def __len__(self):
         return len(self.frames)
@@ -58,6 +68,9 @@ class ToyHeard:
 
     def features(self):
         return self.hidden, self.frames
+
+    def inputs(self):
+        return self.given
 
     def score(self, labels, of=None):
         text, lengths = pad(labels)
@@ -75,7 +88,7 @@ class ToyHeard:
 class ToyTransducer(ToyStudent):
     """The toy with a predictor that knows the last label, and a joint network; no frames to ask."""
 
-    answers = frozenset({"supervised", "features", "score", "propose", "lattices"})
+    answers = frozenset({"supervised", "features", "inputs", "score", "propose", "lattices"})
 
     def __init__(self, size=8):
         super().__init__()
@@ -93,17 +106,18 @@ class ToyTransducer(ToyStudent):
         loss = -(heard.score(labels) + ToyHeard.score(heard, labels)).mean()  # both layers
         return loss, {"loss_both": loss}
 
-    def hear(self, x):
+    def hear(self, x, hide=None):
         self.views.append(self.training)
-        hidden = torch.tanh(self.hidden(x.speech))
+        given, speech = hiding(x, hide)
+        hidden = torch.tanh(self.hidden(speech))
         hidden = self.dropout(self.norm(hidden.transpose(1, 2)).transpose(1, 2))
         log_p = self.out(hidden).log_softmax(dim=-1)
-        return ToyHeardByTransducer(self, hidden, log_p, x.speech_lengths)
+        return ToyHeardByTransducer(self, hidden, log_p, x.speech_lengths, given)
 
 
 class ToyHeardByTransducer(ToyHeard):
-    def __init__(self, net, hidden, log_p, frames):
-        super().__init__(log_p, frames, hidden)
+    def __init__(self, net, hidden, log_p, frames, given=None):
+        super().__init__(log_p, frames, hidden, given)
         self.net, self.encoded = net, net.encoder(hidden)
 
     def score(self, labels, of=None):

@@ -3,14 +3,16 @@
 Student and teacher are both one, so a method cannot tell them apart.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from torch import Tensor, nn
 
 from espnet_pl.losses.ctc import ctc, feasible, log_probability
-from espnet_pl.methods.base import Utterances
+from espnet_pl.methods.base import Hide, Inputs, Utterances
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.search import Proposal, flat, prefix_search, rank
 
@@ -27,7 +29,8 @@ class Recogniser(nn.Module):
         self.net = net
         self.blank = net.blank_id
         self.feature_size = (net.postencoder or net.encoder).output_size()
-        answers = {"supervised", "features"}
+        self.input_size = input_size(net)
+        answers = {"supervised", "features"} | ({"inputs"} if self.input_size else set())
         if net.ctc is not None:
             answers.add("frame_log_probs")
             if not net.use_transducer_decoder:
@@ -45,16 +48,20 @@ class Recogniser(nn.Module):
         parts = {k: v for k, v in parts.items() if v is not None and k != "loss"}
         return loss.squeeze(), {k: v.squeeze() for k, v in parts.items()}
 
-    def hear(self, x: Utterances) -> "Encoded":
+    def hear(self, x: Utterances, hide: Hide | None = None) -> "Encoded":
         """The speech, encoded once."""
-        return Encoded(self.net, x, self.training)
+        return Encoded(self.net, x, self.training, hide)
 
 
 class Encoded:
     """What a stock model has made of utterances: ``methods.base.Heard``."""
 
-    def __init__(self, net: ESPnetASRModel, x: Utterances, training: bool) -> None:
-        encoded, frames = net.encode(x.speech, x.speech_lengths)
+    def __init__(
+        self, net: ESPnetASRModel, x: Utterances, training: bool, hide: Hide | None = None
+    ) -> None:
+        self.given: list[Inputs] = []
+        with hiding(net, hide, self.given):
+            encoded, frames = net.encode(x.speech, x.speech_lengths)
         if isinstance(encoded, tuple):  # with the outputs of intermediate layers
             encoded = encoded[0]
         # In 202511 the frames of a short utterance can exceed the padded axis by one or two.
@@ -71,6 +78,10 @@ class Encoded:
     def features(self) -> tuple[Tensor, Tensor]:
         """The encoder's output, (n, t, d), and the valid frames, (n,)."""
         return self.encoded, self.frames
+
+    def inputs(self) -> Inputs:
+        """What the encoder was to be given, and what of it was hidden."""
+        return self.given[0]
 
     def score(self, labels: list[list[int]], of: list[int] | None = None) -> Tensor:
         """w · log p_ctc + (1 − w) · log p_att with ESPnet's ``ctc_weight`` w, (k,) nats."""
@@ -105,3 +116,34 @@ class Encoded:
         if weight == 1.0 or not len(log_p_ctc):  # the stock model takes no empty batch
             return log_p_ctc
         return weight * log_p_ctc - (1 - weight) * self.net.nll(encoded, frames, text, lengths)
+
+
+def input_size(net: nn.Module) -> int | None:
+    """Dimensions of what the encoder is given; None if the speech comes as features."""
+    return None if net.frontend is None else net.frontend.output_size()
+
+
+@contextlib.contextmanager
+def hiding(net: nn.Module, hide: Hide | None, given: list[Inputs]) -> Iterator[None]:
+    """Inside: a stock model's encoder does not hear what is hidden, and its input is kept.
+
+    From outside, for all that happens in ``encode`` besides is ESPnet's.
+    """
+    if hide is None:
+        yield
+        return
+
+    def before(_, args):
+        features, frames, *more = args
+        hidden = hide(frames, features.shape[1])
+        given.append(Inputs(features.detach(), frames, hidden))
+        return (features.masked_fill(hidden[:, :, None], 0.0), frames, *more)
+
+    first = getattr(net, "preencoder", None)
+    hook = (net.encoder if first is None else first).register_forward_pre_hook(before)
+    specaug, net.specaug = net.specaug, None
+    try:
+        yield
+    finally:
+        net.specaug = specaug
+        hook.remove()

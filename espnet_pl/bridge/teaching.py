@@ -52,7 +52,8 @@ def meta(teacher: LoadedTeacher, config: Mapping[str, Any], utt_ids: list[str]) 
     return {
         "teacher": teacher.hash,
         "asked": asked(config),
-        "answers": sorted(teacher.network.answers),
+        # No teacher is asked what was hidden from it, and older records do not know of that.
+        "answers": sorted(teacher.network.answers - {"inputs"}),
         "frames": teacher.frames,
         "utterances": len(utt_ids),
         "wav_ids": hashlib.sha256(ids).hexdigest(),

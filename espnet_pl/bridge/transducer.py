@@ -18,7 +18,7 @@ from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerMo
 from espnet2.asr_transducer.joint_network import JointNetwork
 from torch import Tensor, nn
 
-from espnet_pl.bridge.recogniser import Encoded, Recogniser
+from espnet_pl.bridge.recogniser import Encoded, Recogniser, input_size
 from espnet_pl.losses.joint import Joint
 from espnet_pl.losses.transducer import (
     Hypotheses,
@@ -27,7 +27,7 @@ from espnet_pl.losses.transducer import (
     log_probability,
     self_test,
 )
-from espnet_pl.methods.base import ConfigError, Utterances
+from espnet_pl.methods.base import ConfigError, Hide, Utterances
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.search import Proposal, flat, prefix_search, rank
 
@@ -44,7 +44,9 @@ class TransducerRecogniser(Recogniser):
         self.net = lend_loss(net)
         self.blank = 0
         self.feature_size = net.encoder.output_size
+        self.input_size = input_size(net)
         frames = ["frame_log_probs"] if net.use_auxiliary_ctc else []
+        frames += ["inputs"] if self.input_size else []
         always = ("supervised", "features", "score", "propose", "lattices")
         self.answers = frozenset([*always, *frames])
 
@@ -53,9 +55,9 @@ class TransducerRecogniser(Recogniser):
         """The joint network, behind its projections."""
         return self.net.joint
 
-    def hear(self, x: Utterances) -> "EncodedForTransducer":
+    def hear(self, x: Utterances, hide: Hide | None = None) -> "EncodedForTransducer":
         """The speech, encoded once."""
-        return EncodedForTransducer(self.net, x, self.training)
+        return EncodedForTransducer(self.net, x, self.training, hide)
 
 
 class EncodedForTransducer(Encoded):

@@ -10,11 +10,11 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from espnet_pl.data.pairing import Pairing
@@ -85,6 +85,18 @@ def diagnostics(values: Mapping[str, float], count: int) -> dict[str, Term]:
     return {name: Term(torch.tensor(value), 0.0, count) for name, value in values.items()}
 
 
+class Inputs(NamedTuple):
+    """What an encoder was to be given, and what of it was hidden."""
+
+    features: Float[Tensor, "n s f"]  # before anything was hidden; without gradient
+    frames: Int[Tensor, " n"]  # valid ones
+    hidden: Bool[Tensor, "n s"]
+
+
+# From the valid frames of each utterance and s, that are given, to the frames to be hidden.
+Hide = Callable[[Int[Tensor, " n"], int], Bool[Tensor, "n s"]]
+
+
 class Student(Protocol):
     """The questions a method may ask; a method asks them, never the architecture.
 
@@ -95,12 +107,18 @@ class Student(Protocol):
     blank: int  # index of the blank among the tokens
     answers: frozenset[str]  # "supervised", and which of those of ``Heard`` it has
     feature_size: int  # d of ``features``
+    input_size: int | None  # f of ``inputs``; None where it is not among the answers
 
     def supervised(self, x: Utterances) -> tuple[Tensor, dict[str, Tensor]]:
         """The stock training criterion on x.text: mean loss, and its parts to be logged."""
 
-    def hear(self, x: Utterances) -> "Heard":
-        """What the other questions are asked about: the same view, encoded once."""
+    def hear(self, x: Utterances, hide: Hide | None = None) -> "Heard":
+        """What the other questions are asked about: the same view, encoded once.
+
+        Args:
+            hide: the frames of the encoder's input that are zeros to it; then there is no
+                SpecAugment, which would hide others.
+        """
 
 
 class Heard(Protocol):
@@ -114,6 +132,9 @@ class Heard(Protocol):
 
     def features(self) -> tuple[Float[Tensor, "n t d"], Int[Tensor, " n"]]:
         """The encoder's output in each frame, before any layer for tokens, and the valid frames."""
+
+    def inputs(self) -> Inputs:
+        """What of the speech the encoder heard; of ``hear`` with ``hide`` only."""
 
     def score(self, labels: list[list[int]], of: list[int] | None = None) -> Float[Tensor, " k"]:
         """log p(label|x) under the training criterion, in nats; −inf if it cannot be aligned.
@@ -355,9 +376,12 @@ def build(
     method_class = module_of(name).Method
     lacking = sorted(method_class.requires - student.answers)
     if lacking:
+        remedy = "a CTC branch (model_conf: ctc_weight > 0)"
+        if lacking == ["inputs"]:
+            remedy = "a front end (frontend: default)"
         raise ConfigError(
             f"method {name} asks the student for {', '.join(lacking)}, which this architecture "
-            "does not have; give it a CTC branch (model_conf: ctc_weight > 0) or use another method"
+            f"does not have; give it {remedy} or use another method"
         )
     if resources.get("teachers") and "teachers" not in method_class.uses:
         raise ConfigError(f"method {name} makes no pseudo-labels: it has no use for other teachers")

@@ -153,8 +153,9 @@ def test_it_is_a_student_that_is_trained_exported_and_decoded(
 
 
 def test_it_answers_what_it_can(module, arguments):
-    assert Recogniser(network()).answers == {"supervised", "features", "frame_log_probs"}
-    assert Recogniser(network(model_conf={"ctc_weight": 0.0})).answers == {"supervised", "features"}
+    always = {"supervised", "features", "inputs"}
+    assert Recogniser(network()).answers == always | {"frame_log_probs"}
+    assert Recogniser(network(model_conf={"ctc_weight": 0.0})).answers == always
     with pytest.raises(ConfigError, match="asks the student for score"):
         main(arguments("mpl", base=HYBRID))
 
