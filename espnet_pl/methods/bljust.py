@@ -1,0 +1,225 @@
+r"""BL-JUST: labelled speech is learnt among encoders that are good at a self-supervised task.
+
+Source: Saif, Cui, Shen, Lu, Kingsbury, Chen, "Joint Unsupervised and Supervised Training for
+    Automatic Speech Recognition via Bilevel Optimization", arXiv:2401.06980, and its longer form
+    arXiv:2412.08548 (abstracts, and descriptions by others); the algorithm as in the authors' code,
+    afmsaif/BL-JUST model/main.py; the penalty: Shen and Chen, arXiv:2302.05185 (recalled).
+Equation: with the encoder θ, the layers for tokens φ, and those of the self-supervised task ψ,
+    min_{θ,φ} L_sup(θ, φ)   such that   (θ, ψ) ∈ argmin L_un;
+    F_γ = L_sup(θ, φ) + γ · (L_un(θ, ψ) − v),   v = min L_un.
+    v has no θ in it: as a constant it has no gradient, and is left out.  Of F_γ and an inner
+    problem in ψ, joint update k makes, with c = max(1, γ_k) and weights a, b:
+    θ: (a ∇L_sup + γ_k b ∇L_un) / c      φ: a ∇L_sup / c      ψ: b ∇L_un
+    γ_k = min(γ_max, γ_0 + k · growth);  an update of exploration: θ and ψ: b ∇L_un.
+    As γ weighs gradients, what is logged as ``loss`` is a/c · L_sup + b · L_un.
+    L_un(x) = − Σ_{p=1..P} log( exp(s(W_p h_c, U x_{c+p})/τ) / Σ_a exp(s(W_p h_c, U x_a)/τ) )
+    where the encoder hears x up to a random frame c, and is h_c there (losses/prediction.py).
+    Both losses are means over utterances of nats: of minus the log-probability of what is to be
+    known of an utterance, its transcript or its hidden frames.  So L_sup is ESPnet's own criterion,
+    γ = 0 is the method ``supervised``, and γ is a rate of exchange.
+Differs from the paper: its code takes nats per token and per frame, so that its γ is another one,
+    raised in each epoch (by 1/500) and not in each update; it explores in 4 passes before each
+    joint one, we in as many updates as is said; c, here for γ > 1, is not used there.  There the
+    future is another piece of the waveform, and its frames go through layers of their own; here
+    they are the encoder's input, all that follows is hidden, and c is drawn.  Candidates are all
+    frames of the utterance, there the predicted ones of the batch.  hide: spans and predict: codes,
+    as in BEST-RQ, are ours.  With Adam a constant weight changes no step: a, b and c matter
+    for other optimisers, beside the other loss, and where gradients are clipped.
+    The final fine-tuning is a phase of its own: method supervised, of a smaller step size.
+Unverified: γ's schedule, all step sizes, what is predicted, and the order of updates in the papers.
+Cost: a joint update is one training pass on labelled and one on unlabelled speech; exploration the
+    latter alone.  Every ``norms_every`` joint updates two more backward passes measure gradients.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from espnet_pl.data.pairing import Pairing
+from espnet_pl.losses.prediction import (
+    Predicted,
+    code_of,
+    info_nce,
+    of_codes,
+    per_utterance,
+    standardised,
+)
+from espnet_pl.methods import base
+from espnet_pl.parts.gradients import compare, gradients, weighed
+from espnet_pl.parts.hiding import Bins, hide_future, hide_spans
+from espnet_pl.parts.schedule import ramp
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields that are not set keep these values; names of the authors' code beside them."""
+
+    labelled: int = 1  # 0: exploration only, which is pre-training
+    # Updates, in turn: so many of exploration, so many joint ones (0: all that follow).
+    explore: int = 4  # in passes                                pre_ep
+    joint: int = 1
+    gamma: float = 0.0  # γ_0                                    gamma_init
+    growth: float = 0.002  # of γ, in a joint update; an epoch   step_gam
+    gamma_max: float = 1.0  #                                    gamma_max
+    upper_weight: float = 1.0  # a, of the supervised loss
+    lower_weight: float = 1.0  # b, of the self-supervised one
+    # What the encoder does not hear: all from a frame on, or spans.
+    hide: Literal["future", "spans"] = "future"
+    least_heard: float = 0.667  # share of an utterance before the future: 2 of 3 s
+    steps: int = 25  # P, frames of the encoder's output: 1 s
+    span: int = 20  # frames of its input, as a rule of 10 ms
+    share_hidden: float = 0.4  # in spans
+    # What of it is to be known: which frames they are among others, or their codes.
+    predict: Literal["frames", "codes"] = "frames"
+    negatives: Literal["utterance", "batch"] = "utterance"
+    temperature: float = 0.1  # τ
+    out: int = 128  # dimensions in which frames are compared
+    codes: int = 256  # C
+    norms_every: int = 50  # joint updates from one measurement of gradients to the next; 0: none
+
+    def __post_init__(self) -> None:
+        if self.labelled not in (0, 1):
+            raise ValueError(f"labelled is {self.labelled}, it must be 0 or 1")
+        for name in ("gamma", "growth", "gamma_max", "norms_every"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
+        if self.gamma > self.gamma_max:
+            raise ValueError(f"gamma is {self.gamma}, more than gamma_max: {self.gamma_max}")
+        for name in ("upper_weight", "lower_weight", "temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be positive")
+        for name in ("steps", "span", "out", "codes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if not 0.0 <= self.least_heard < 1.0:
+            raise ValueError(f"least_heard is {self.least_heard}, it must lie in [0, 1)")
+        if not 0.0 < self.share_hidden < 1.0:
+            raise ValueError(f"share_hidden is {self.share_hidden}, it must lie in (0, 1)")
+        Method.pairing(self)
+
+    @property
+    def hiding(self) -> Callable[[Int[Tensor, " n"], int], Bool[Tensor, "n s"]]:
+        """Which frames of the encoder's input it does not hear."""
+        if self.hide == "future":
+            return lambda frames, width: hide_future(frames, width, self.least_heard)
+        return lambda frames, width: hide_spans(frames, width, self.share_hidden, self.span)
+
+
+class Method(base.Method):
+    """Two losses of one encoder; on several GPUs ESPnet needs ``unused_parameters: true``."""
+
+    requires = frozenset({"features", "inputs"})
+
+    def __init__(self, config, student, resources):
+        super().__init__(config, student, resources)
+        ahead = config.steps if config.hide == "future" else 1
+        self.embedding, size = None, config.codes
+        if config.predict == "frames":
+            size = config.out
+            self.embedding = nn.Linear(student.input_size, size, bias=False)
+        else:  # drawn once, kept in the checkpoint, and never learnt
+            few = min(16, student.input_size)
+            self.register_buffer("directions", torch.randn(student.input_size, few))
+            self.register_buffer("book", torch.randn(size, few))
+        self.predictor = nn.Linear(student.feature_size, ahead * size)
+        self.size = size
+        self.register_buffer("joint", torch.zeros((), dtype=torch.long))  # k, joint updates made
+        self.both = self.measured = False  # whether the present update is joint, and is measured
+        self.supervised: Tensor | None = None  # the loss of its labelled half
+
+    @classmethod
+    def pairing(cls, config):
+        if not config.labelled:
+            return Pairing(labelled=0, unlabelled=1)
+        return Pairing(unlabelled=1, together=True, explore=config.explore, joint=config.joint)
+
+    @property
+    def gamma(self) -> float:
+        """γ of the present update."""
+        config = self.config
+        return ramp(config.gamma, config.growth, config.gamma_max, int(self.joint))
+
+    def learns(self):
+        embedding = [] if self.embedding is None else [*self.embedding.parameters()]
+        return [*self.predictor.parameters(), *embedding]
+
+    def forward(self, student, batch):
+        self.both = batch.labelled is not None and batch.unlabelled is not None
+        every = self.config.norms_every
+        self.measured = self.both and every > 0 and int(self.joint) % every == 0
+        terms = super().forward(student, batch)
+        self.supervised = None  # or its graph stays in memory
+        if self.both:
+            terms |= base.diagnostics({"gamma": self.gamma}, len(batch.unlabelled))
+        return terms
+
+    def labelled(self, student, x):
+        terms = super().labelled(student, x)
+        loss = terms["supervised"]
+        self.supervised = loss.value
+        weight = self.config.upper_weight / max(1.0, self.gamma)
+        return terms | {"supervised": base.Term(loss.value, weight, loss.count)}
+
+    def unlabelled(self, student, x):
+        heard = student.hear(x, self.config.hiding)
+        encoded, frames = heard.features()
+        penalty = self.gamma / max(1.0, self.gamma) if self.both else 1.0
+        # What goes back to the encoder is weighed; what the layers of the task learn is not.
+        features = weighed(encoded, penalty)
+        found, rows = self.predict(features, frames, heard.inputs())
+        loss = per_utterance(found.loss, rows, len(x)).mean()
+        terms = {"unsupervised": base.Term(loss, self.config.lower_weight, len(x))}
+        numbers = {"frames_predicted": len(rows) / max(int(frames.sum()), 1)}
+        if len(rows):
+            numbers["frame_loss"] = float(found.loss.detach().mean())
+            numbers["frame_chance"] = float(found.candidates.double().log().mean())
+        if self.measured:
+            of = [p for p in student.parameters() if p.requires_grad]
+            upper = gradients(self.supervised, of)
+            lower = gradients(loss, of, through=(features, encoded))
+            numbers |= compare(upper, lower)._asdict()
+        return terms | base.diagnostics(numbers, len(x))
+
+    def predict(
+        self, features: Float[Tensor, "n t d"], frames: Int[Tensor, " n"], given: base.Inputs
+    ) -> tuple[Predicted, Int[Tensor, " k"]]:
+        """The loss of each frame that is predicted, and the utterance it is of.
+
+        Args:
+            features: of the encoder, which has heard what was not hidden.
+            frames: valid ones.
+        """
+        bins = Bins(given.frames, given.features.shape[1], frames, features.shape[1])
+        rows, places, made = self._predictions(features, bins.all(given.hidden))
+        targets = bins.mean(given.features)
+        if self.embedding is None:
+            codes = code_of(standardised(targets, frames), self.directions, self.book)
+            return of_codes(made, codes[rows, places]), rows
+        embedded = self.embedding(targets.to(self.embedding.weight.dtype))
+        how = {"negatives": self.config.negatives, "temperature": self.config.temperature}
+        return info_nce(made, rows, places, embedded, frames, **how), rows
+
+    def _predictions(
+        self, features: Float[Tensor, "n t d"], hidden: Bool[Tensor, "n t"]
+    ) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Float[Tensor, "k out"]]:
+        """Of which utterances and frames there are some, and they themselves."""
+        if self.config.hide == "spans":
+            rows, places = hidden.nonzero(as_tuple=True)
+            return rows, places, self.predictor(features[rows, places])
+        n, t = hidden.shape
+        first = hidden.long().argmax(1) if t else hidden.new_zeros(n, dtype=torch.long)
+        ahead = torch.arange(t, device=hidden.device) - first[:, None]
+        # Of an encoder that heard less than one of its own frames nothing is asked.
+        asked = hidden & (ahead >= 0) & (ahead < self.config.steps) & (first > 0)[:, None]
+        rows, places = asked.nonzero(as_tuple=True)
+        context = features[rows, first[rows] - 1]
+        every = self.predictor(context).view(len(rows), self.config.steps, self.size)
+        return rows, places, every[torch.arange(len(rows)), ahead[rows, places]]
+
+    def after_step(self, student):
+        super().after_step(student)
+        self.joint += self.both
