@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from espnet_pl.recipe import check, config
 from test.egs.test_corpora import SMALL, needs_speech
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,24 @@ def run_sh(folder, corpus, *options):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.mark.parametrize("corpus", SMALL)
+def test_every_run_has_a_configuration_that_can_be(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(small_recipe(corpus, tmp_path / corpus / "pl1"))
+    recipe = config.load_recipe()
+    runs = config.load_runs(recipe)
+    assert {*recipe.methods} <= {*runs}
+    config.write_phases(runs.values())
+    verdicts = check.check_runs(runs, (), runs, tmp_path)
+    assert verdicts.keys() == runs.keys()
+    explored, tuned = runs["bljust.joint"], runs["bljust"]
+    assert (explored.method, tuned.method) == ("bljust", "supervised")
+    assert verdicts["bljust.joint"].unlabelled and not verdicts["bljust"].unlabelled
+    assert verdicts["pretrain_finetune.pretrain"].unlabelled
+    assert runs["pretrain_finetune"].before == (
+        "pretrain_finetune.pretrain", "pretrain_finetune.finetune"
+    )  # fmt: skip
 
 
 @pytest.mark.timeout(900)
