@@ -684,6 +684,72 @@ FAULTS = {
         "if len(known) == len(lines):",
         "test/recipe/test_language_models.py",
     ),
+    "the penalty does not reach the encoder": Fault(
+        "espnet_pl/methods/bljust.py",
+        "features = weighed(encoded, penalty)",
+        "features = encoded.detach()",
+        "test/methods/test_bljust.py",
+    ),
+    "the penalty slows the layers of its own task down": Fault(
+        "espnet_pl/methods/bljust.py",
+        "base.Term(loss, self.config.lower_weight, len(x))",
+        "base.Term(loss, penalty * self.config.lower_weight, len(x))",
+        "test/methods/test_bljust.py",
+    ),
+    "the penalty grows in exploration": Fault(
+        "espnet_pl/methods/bljust.py",
+        "self.joint += self.both",
+        "self.joint += 1",
+        "test/methods/test_bljust.py",
+    ),
+    "the penalty is not in the checkpoint": Fault(
+        "espnet_pl/methods/bljust.py",
+        'self.register_buffer("joint", torch.zeros((), dtype=torch.long))',
+        'self.register_buffer("joint", torch.zeros((), dtype=torch.long), persistent=False)',
+        "test/methods/test_bljust.py",
+    ),
+    "gradients are measured behind the penalty": Fault(
+        "espnet_pl/methods/bljust.py",
+        "gradients(loss, of, through=(features, encoded))",
+        "gradients(loss, of)",
+        "test/methods/test_bljust.py",
+    ),
+    "a large penalty leaves the supervised loss as it is": Fault(
+        "espnet_pl/methods/bljust.py",
+        "self.config.upper_weight / max(1.0, self.gamma)",
+        "self.config.upper_weight",
+        "test/methods/test_bljust.py",
+    ),
+    "frames that were heard in part are predicted": Fault(
+        "espnet_pl/parts/hiding.py",
+        "(count == self.sizes) &",
+        "(count > 0) &",
+        "test/parts/test_hiding.py",
+    ),
+    "padding is among the candidates": Fault(
+        "espnet_pl/losses/prediction.py",
+        "valid = torch.arange(t, device=frames.device) < frames[:, None]",
+        "valid = torch.ones(n, t, dtype=torch.bool, device=frames.device)",
+        "test/losses/test_prediction.py",
+    ),
+    "SpecAugment masks what is to be predicted": Fault(
+        "espnet_pl/bridge/recogniser.py",
+        "specaug, net.specaug = net.specaug, None",
+        "specaug = net.specaug",
+        f"{BRIDGE}/test_bljust.py -k specaugment",
+    ),
+    "the encoder hears what is hidden": Fault(
+        "espnet_pl/bridge/recogniser.py",
+        "return (features.masked_fill(hidden[:, :, None], 0.0), frames, *more)",
+        "return None",
+        f"{BRIDGE}/test_bljust.py -k reach_the_encoder",
+    ),
+    "labelled speech is heard in exploration": Fault(
+        "espnet_pl/data/pairing.py",
+        "None if pairing.explores(turn) else next(labelled)",
+        "next(labelled)",
+        "test/data/test_pairing.py",
+    ),
 }
 
 

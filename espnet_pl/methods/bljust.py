@@ -3,7 +3,7 @@ r"""BL-JUST: labelled speech is learnt among encoders that are good at a self-su
 Source: Saif, Cui, Shen, Lu, Kingsbury, Chen, "Joint Unsupervised and Supervised Training for
     Automatic Speech Recognition via Bilevel Optimization", arXiv:2401.06980, and its longer form
     arXiv:2412.08548 (abstracts, and descriptions by others); the algorithm as in the authors' code,
-    afmsaif/BL-JUST model/main.py; the penalty: Shen and Chen, arXiv:2302.05185 (recalled).
+    afmsaif/BL-JUST model/main.py and model.py; the penalty: Shen and Chen, arXiv:2302.05185 (recalled).
 Equation: with the encoder θ, the layers for tokens φ, and those of the self-supervised task ψ,
     min_{θ,φ} L_sup(θ, φ)   such that   (θ, ψ) ∈ argmin L_un;
     F_γ = L_sup(θ, φ) + γ · (L_un(θ, ψ) − v),   v = min L_un.
@@ -19,13 +19,14 @@ Equation: with the encoder θ, the layers for tokens φ, and those of the self-s
     γ = 0 is the method ``supervised``, and γ is a rate of exchange.
 Differs from the paper: its code takes nats per token and per frame, so that its γ is another one,
     raised in each epoch (by 1/500) and not in each update; it explores in 4 passes before each
-    joint one, we in as many updates as is said; c, here for γ > 1, is not used there.  There the
-    future is another piece of the waveform, and its frames go through layers of their own; here
-    they are the encoder's input, all that follows is hidden, and c is drawn.  Candidates are all
-    frames of the utterance, there the predicted ones of the batch.  hide: spans and predict: codes,
-    as in BEST-RQ, are ours.  With Adam a constant weight changes no step: a, b and c matter
-    for other optimisers, beside the other loss, and where gradients are clipped.
-    The final fine-tuning is a phase of its own: method supervised, of a smaller step size.
+    joint one, we in as many updates as is said; c, here for γ > 1, is not used there.  Its targets
+    are not x but what the encoder makes of the second that follows, heard alone; W_p is one layer,
+    applied p times; a piece of speech is 2 + 1 s, where we draw c, in whole utterances; candidates
+    are what is predicted in the batch, here all frames of the utterance or of the batch.
+    hide: spans and predict: codes, as in BEST-RQ, are ours.  With Adam a constant weight changes
+    no step: a, b and c matter for other optimisers, beside the other loss, and where gradients
+    are clipped.  The final fine-tuning is a training of its own, method supervised, of a smaller
+    step size; exploration is none, for ψ is in no exported model and would begin anew.
 Unverified: γ's schedule, all step sizes, what is predicted, and the order of updates in the papers.
 Cost: a joint update is one training pass on labelled and one on unlabelled speech; exploration the
     latter alone.  Every ``norms_every`` joint updates two more backward passes measure gradients.
@@ -218,7 +219,8 @@ class Method(base.Method):
         rows, places = asked.nonzero(as_tuple=True)
         context = features[rows, first[rows] - 1]
         every = self.predictor(context).view(len(rows), self.config.steps, self.size)
-        return rows, places, every[torch.arange(len(rows)), ahead[rows, places]]
+        number = torch.arange(len(rows), device=rows.device)
+        return rows, places, every[number, ahead[rows, places]]
 
     def after_step(self, student):
         super().after_step(student)

@@ -44,6 +44,8 @@ def gradients(
         through: a tensor that the loss depends on, and one with the same value that is left of it
             in the graph: the gradient goes from the first to the second with nothing in between.
     """
+    if not loss.requires_grad or (through and not through[0].requires_grad):
+        return [None] * len(of)  # as of an encoder that is frozen
     if through is None:
         return [*torch.autograd.grad(loss, of, retain_graph=True, allow_unused=True)]
     behind, before = through

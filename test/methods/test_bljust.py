@@ -124,7 +124,7 @@ def test_the_joint_gradient_is_the_sum_that_autograd_makes_of_both_losses(conf):
         joint, gradient_of(student.supervised(batch().labelled)[0], of), gradient_of(penalty, of)
     ):
         torch.testing.assert_close(torch.zeros_like(a) if g is None else g, a + 0.3 * b)
-    assert float(upper) != float(lower)
+    assert upper.item() != lower.item()
 
 
 @pytest.mark.parametrize("conf", KINDS)
@@ -284,6 +284,39 @@ def test_gradients_are_measured_on_what_both_losses_share_and_only_now_and_then(
     assert measured == [True, False, False] * 2 + [True]
     assert not names & {*pair(norms_every=0)[1](student, batch())}
     assert method.supervised is None
+
+
+def test_a_frozen_encoder_has_no_gradient_to_be_measured():
+    student, method = pair(gamma=0.5)
+    student.requires_grad_(False)
+    student.out.requires_grad_(True)
+    terms = method(student, batch())
+    assert terms["gradient_lower"].value == 0
+    total(terms).backward()
+    assert student.hidden.weight.grad is None and method.predictor.weight.grad.any()
+
+
+def test_measuring_within_ddp(tmp_path):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.method = pair(gamma=0.5, norms_every=1)
+
+        def forward(self):
+            torch.manual_seed(0)
+            return total(self.method(self.student, batch()))
+
+    alone, shared = Both(), Both()
+    alone().backward()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", world_size=1, rank=0
+    )
+    try:
+        nn.parallel.DistributedDataParallel(shared)().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for p, q in zip(alone.parameters(), shared.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_measuring_changes_nothing():

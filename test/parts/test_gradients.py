@@ -44,6 +44,12 @@ def test_a_weight_on_the_way_is_gone_around():
     assert gradients(nothing, [x], through=(behind, before))[0].tolist() == [0.0]
 
 
+def test_what_is_frozen_has_none():
+    x, fixed = torch.ones(2, requires_grad=True), torch.ones(2)
+    assert gradients(fixed.sum(), [x]) == [None]
+    assert gradients((x * fixed).sum(), [x], through=(fixed, fixed)) == [None]
+
+
 def test_nothing_shared_and_no_length():
     one = torch.ones(2)
     assert compare([one, None], [None, one]) == (0.0, 0.0, 0.0)
