@@ -3,28 +3,30 @@ r"""BL-JUST: labelled speech is learnt among encoders that are good at a self-su
 Source: Saif, Cui, Shen, Lu, Kingsbury, Chen, "Joint Unsupervised and Supervised Training for
     Automatic Speech Recognition via Bilevel Optimization", arXiv:2401.06980, and its longer form
     arXiv:2412.08548 (abstracts, and descriptions by others); the algorithm as in the authors' code,
-    afmsaif/BL-JUST model/main.py and model.py; the penalty: Shen and Chen, arXiv:2302.05185 (recalled).
+    afmsaif/BL-JUST (model/main.py, model/model.py); the penalty: Shen and Chen, arXiv:2302.05185
+    (recalled).
 Equation: with the encoder θ, the layers for tokens φ, and those of the self-supervised task ψ,
     min_{θ,φ} L_sup(θ, φ)   such that   (θ, ψ) ∈ argmin L_un;
     F_γ = L_sup(θ, φ) + γ · (L_un(θ, ψ) − v),   v = min L_un.
     v has no θ in it: as a constant it has no gradient, and is left out.  Of F_γ and an inner
-    problem in ψ, joint update k makes, with c = max(1, γ_k) and weights a, b:
-    θ: (a ∇L_sup + γ_k b ∇L_un) / c      φ: a ∇L_sup / c      ψ: b ∇L_un
+    problem in ψ, joint update k makes, with m = max(1, γ_k) and weights a, b:
+    θ: (a ∇L_sup + γ_k b ∇L_un) / m      φ: a ∇L_sup / m      ψ: b ∇L_un
     γ_k = min(γ_max, γ_0 + k · growth);  an update of exploration: θ and ψ: b ∇L_un.
-    As γ weighs gradients, what is logged as ``loss`` is a/c · L_sup + b · L_un.
+    As γ weighs gradients, what is logged as ``loss`` is a/m · L_sup + b · L_un.
     L_un(x) = − Σ_{p=1..P} log( exp(s(W_p h_c, U x_{c+p})/τ) / Σ_a exp(s(W_p h_c, U x_a)/τ) )
     where the encoder hears x up to a random frame c, and is h_c there (losses/prediction.py).
     Both losses are means over utterances of nats: of minus the log-probability of what is to be
     known of an utterance, its transcript or its hidden frames.  So L_sup is ESPnet's own criterion,
-    γ = 0 is the method ``supervised``, and γ is a rate of exchange.
+    γ = 0 is the method ``supervised``, but for statistics of batch normalisation, and γ is a rate
+    of exchange.
 Differs from the paper: its code takes nats per token and per frame, so that its γ is another one,
     raised in each epoch (by 1/500) and not in each update; it explores in 4 passes before each
-    joint one, we in as many updates as is said; c, here for γ > 1, is not used there.  Its targets
+    joint one, we in as many updates as is said; m, here for γ > 1, is not used there.  Its targets
     are not x but what the encoder makes of the second that follows, heard alone; W_p is one layer,
     applied p times; a piece of speech is 2 + 1 s, where we draw c, in whole utterances; candidates
     are what is predicted in the batch, here all frames of the utterance or of the batch.
     hide: spans and predict: codes, as in BEST-RQ, are ours.  With Adam a constant weight changes
-    no step: a, b and c matter for other optimisers, beside the other loss, and where gradients
+    no step: a, b and m matter for other optimisers, beside the other loss, and where gradients
     are clipped.  The final fine-tuning is a training of its own, method supervised, of a smaller
     step size; exploration is none, for ψ is in no exported model and would begin anew.
 Unverified: γ's schedule, all step sizes, what is predicted, and the order of updates in the papers.
