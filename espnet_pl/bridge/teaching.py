@@ -52,13 +52,17 @@ def meta(teacher: LoadedTeacher, config: Mapping[str, Any], utt_ids: list[str]) 
     return {
         "teacher": teacher.hash,
         "asked": asked(config),
-        # No teacher is asked what was hidden from it, and older records do not know of that.
-        "answers": sorted(teacher.network.answers - {"inputs"}),
+        "answers": sorted(_answers(teacher)),
         "frames": teacher.frames,
         "utterances": len(utt_ids),
         "wav_ids": hashlib.sha256(ids).hexdigest(),
         "tokens": teacher.tokens._asdict(),
     }
+
+
+def _answers(teacher: LoadedTeacher) -> frozenset[str]:
+    # No teacher is asked what was hidden from it, and older records do not know of that.
+    return teacher.network.answers - {"inputs"}
 
 
 def check_mode(mode: str) -> None:
@@ -88,7 +92,7 @@ def resources(
     if args.teacher_mode == "online":
         teacher = teachers.load(args.teachers[0])
         given = {"teacher": teacher.network, "records": None}
-        tokens, answers, frames = teacher.tokens, teacher.network.answers, teacher.frames
+        tokens, answers, frames = teacher.tokens, _answers(teacher), teacher.frames
     else:
         records = _records(args)
         given = {"teacher": None, "records": records}
