@@ -90,7 +90,8 @@ def test_from_audio_to_the_table(corpus, model, tmp_path):
     runs = json.loads((experiments / "results.json").read_text())["runs"]
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     table = (folder / f"RESULTS{own}.md").read_text()
-    assert (experiments / "lm/word/valid.loss.ave.pth").exists()
+    tokens = "char" if own else "word"  # the transducer spells
+    assert (experiments / f"lm/{tokens}/valid.loss.ave.pth").exists()
     assert "csl.contrast" in json.loads((experiments / "results.json").read_text())["before"]
     for run in ("supervised", "slimipl", "csl", "lpm"):
         for heard in recipe["test"]:
