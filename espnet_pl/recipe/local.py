@@ -172,6 +172,10 @@ def _lock(job: Job):
 
 
 def _move_aside(folder: Path) -> Path:
-    target = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    name, number = f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    target = folder.with_name(name)
+    while target.exists():  # another one went aside in the same second
+        number += 1
+        target = folder.with_name(f"{name}-{number}")
     folder.rename(target)
     return target

@@ -165,6 +165,14 @@ def test_a_training_of_another_configuration_is_refused():
     assert launch.run([training()]) == []
 
 
+def test_two_runs_that_go_aside_in_the_same_second_are_kept(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    for content in ("a: 1\n", "a: 2\n", "a: 3\n"):
+        Path("conf.yaml").write_text(content)
+        assert launch.run([training()], force={"train run"}) == ["train run"]
+    assert {path.name for path in Path(".").glob("run.old-*")} == {"run.old-now", "run.old-now-2"}
+
+
 def test_the_refusal_comes_before_anything_runs():
     """A run whose starting point will be trained again is refused at once, not hours later."""
     Path("conf.yaml").write_text("a: 1\n")
