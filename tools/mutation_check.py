@@ -126,10 +126,13 @@ FAULTS = {
     "steps not counted": Fault("espnet_pl/methods/base.py", "self.step += 1", "pass", METHODS),
     "start forgotten": Fault("espnet_pl/methods/base.py", "self.start(student)", "pass", METHODS),
     "student labels in place of the momentum teacher": Fault(
-        "espnet_pl/methods/mpl.py", "return self.teacher.network", "return student", METHODS
+        "espnet_pl/methods/pseudo_labelling.py",
+        "return self.teacher.network if self.teacher else student",
+        "return student",
+        METHODS,
     ),
     "momentum teacher never follows": Fault(
-        "espnet_pl/methods/mpl.py", "self.teacher.follow(student)", "pass", METHODS
+        "espnet_pl/methods/pseudo_labelling.py", "self.teacher.follow(student)", "pass", METHODS
     ),
     "rounds never end": Fault("espnet_pl/methods/iterative.py", "== 0:", "== -1:", METHODS),
     "labels without an alignment cost infinity": Fault(
@@ -547,8 +550,8 @@ FAULTS = {
         "test/methods/test_pseudo_labelling.py",
     ),
     "a moving average is not put back with its student": Fault(
-        "espnet_pl/methods/slimipl.py",
-        'if self.teacher and self.config.teacher == "ema":\n            self.teacher.copy(student)',
+        "espnet_pl/methods/pseudo_labelling.py",
+        "if self.teacher and self.follows:\n            self.teacher.copy(student)",
         "pass",
         "test/methods/test_pseudo_labelling.py",
     ),

@@ -13,7 +13,7 @@ Cost: per unlabelled update one training pass and one forward pass of the teache
 
 from dataclasses import dataclass
 
-from espnet_pl.methods.pseudo_labelling import PseudoLabelling, PseudoLabellingConfig
+from espnet_pl.methods.pseudo_labelling import OwnTeacher, PseudoLabellingConfig
 from espnet_pl.parts.teacher import Teacher
 
 
@@ -31,19 +31,14 @@ class Config(PseudoLabellingConfig):
         super().__post_init__()
 
 
-class Method(PseudoLabelling):
+class Method(OwnTeacher):
     """The teacher is a snapshot that changes only between rounds."""
+
+    follows = False
 
     def __init__(self, config, student, resources):
         super().__init__(config, student, resources)
         self.teacher = Teacher(student, decay=0.0)
-
-    def proposer(self, student):
-        return self.teacher.network
-
-    def start(self, student):
-        super().start(student)
-        self.teacher.copy(student)
 
     def after_step(self, student):
         super().after_step(student)

@@ -37,7 +37,7 @@ import torch
 
 from espnet_pl.losses.distillation import posterior
 from espnet_pl.methods import base
-from espnet_pl.methods.pseudo_labelling import PseudoLabelling, PseudoLabellingConfig
+from espnet_pl.methods.pseudo_labelling import OwnTeacher, PseudoLabellingConfig
 from espnet_pl.parts.cache import Record
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.hypotheses import likeliest, shuffled
@@ -102,7 +102,7 @@ class Config(PseudoLabellingConfig):
         return math.floor(whole - more + 1e-9) - 1, math.ceil(whole + more - 1e-9) - 1
 
 
-class Method(PseudoLabelling):
+class Method(OwnTeacher):
     """The proposal model is ``teacher``: it may be exported."""
 
     requires = frozenset({"score", "propose"})
@@ -117,6 +117,7 @@ class Method(PseudoLabelling):
             )
         decay = config.decay if config.proposal == "ema" else 1.0
         self.teacher = Teacher(student, decay, config.decay_warmup)
+        self.follows = config.proposal == "ema"
         # Of the proposal model in validation; infinite as long as it is not known.
         self.register_buffer("best", torch.full((), math.inf, dtype=torch.float64))
         self.register_buffer("replaced", torch.zeros((), dtype=torch.long))
@@ -140,22 +141,6 @@ class Method(PseudoLabelling):
             self.teacher.copy(student)
             self.best.fill_(mine)
             self.replaced += 1
-
-    def proposer(self, student):
-        return self.teacher.network
-
-    def start(self, student):
-        super().start(student)
-        self.teacher.copy(student)
-
-    def went_back(self, student):
-        if self.config.proposal == "ema":
-            self.teacher.copy(student)
-
-    def after_step(self, student):
-        super().after_step(student)
-        if self.config.proposal == "ema":
-            self.teacher.follow(student)
 
     def _said(self, student, x, how):
         """The proposals of all teachers, with the local prior in place of their opinions."""

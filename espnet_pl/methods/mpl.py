@@ -14,7 +14,7 @@ Cost: per unlabelled update one training pass and one forward pass of the teache
 
 from dataclasses import dataclass
 
-from espnet_pl.methods.pseudo_labelling import PseudoLabelling, PseudoLabellingConfig
+from espnet_pl.methods.pseudo_labelling import OwnTeacher, PseudoLabellingConfig
 from espnet_pl.parts.teacher import Teacher
 
 
@@ -35,23 +35,9 @@ class Config(PseudoLabellingConfig):
         super().__post_init__()
 
 
-class Method(PseudoLabelling):
+class Method(OwnTeacher):
     """Every unlabelled batch is labelled by the moving average, in the update that uses it."""
 
     def __init__(self, config, student, resources):
         super().__init__(config, student, resources)
         self.teacher = Teacher(student, config.remaining ** (1 / config.horizon))
-
-    def proposer(self, student):
-        return self.teacher.network
-
-    def start(self, student):
-        super().start(student)
-        self.teacher.copy(student)
-
-    def went_back(self, student):
-        self.teacher.copy(student)
-
-    def after_step(self, student):
-        super().after_step(student)
-        self.teacher.follow(student)

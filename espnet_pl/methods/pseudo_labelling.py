@@ -260,3 +260,34 @@ class PseudoLabelling(base.Method):
                         self.said.put(key, label, int(self.step))
                 said.append([self.said.get(key) for key in keys])
         return said
+
+
+class OwnTeacher(PseudoLabelling):
+    """Its ``teacher`` is a copy of the student, or None: then the student labels.
+
+    The copy is taken when training starts; where it ``follows``, it is averaged with the student
+    after each update, and taken anew from a student that was put back.
+    """
+
+    follows: bool = True
+
+    def proposer(self, student):
+        """The teacher, if there is one."""
+        return self.teacher.network if self.teacher else student
+
+    def start(self, student):
+        """The copy is taken after ESPnet has loaded the weights that training starts from."""
+        super().start(student)
+        if self.teacher:
+            self.teacher.copy(student)
+
+    def went_back(self, student):
+        """What was averaged since then is left behind."""
+        if self.teacher and self.follows:
+            self.teacher.copy(student)
+
+    def after_step(self, student):
+        """As any method; the teacher goes along."""
+        super().after_step(student)
+        if self.teacher and self.follows:
+            self.teacher.follow(student)

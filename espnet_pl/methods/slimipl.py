@@ -24,7 +24,7 @@ Cost: per unlabelled update one training pass, and p (with a cache) or 1 (withou
 from dataclasses import dataclass
 from typing import Literal
 
-from espnet_pl.methods.pseudo_labelling import PseudoLabelling, PseudoLabellingConfig
+from espnet_pl.methods.pseudo_labelling import OwnTeacher, PseudoLabellingConfig
 from espnet_pl.parts.schedule import set_dropout
 from espnet_pl.parts.teacher import Teacher
 
@@ -52,7 +52,7 @@ class Config(PseudoLabellingConfig):
         super().__post_init__()
 
 
-class Method(PseudoLabelling):
+class Method(OwnTeacher):
     """Teacher, cache, and the diagnostics of pseudo-labels."""
 
     def __init__(self, config, student, resources):
@@ -61,6 +61,7 @@ class Method(PseudoLabelling):
         if config.teacher != "live":
             decay = config.decay if config.teacher == "ema" else 1.0
             self.teacher = Teacher(student, decay, config.decay_warmup)
+        self.follows = config.teacher == "ema"
 
     def forward(self, student, batch):
         warm = self.step < self.config.warmup
@@ -68,20 +69,3 @@ class Method(PseudoLabelling):
         if rate is not None:
             set_dropout(student, rate)
         return super().forward(student, batch)
-
-    def proposer(self, student):
-        return self.teacher.network if self.teacher else student
-
-    def start(self, student):
-        super().start(student)
-        if self.teacher:
-            self.teacher.copy(student)
-
-    def went_back(self, student):
-        if self.teacher and self.config.teacher == "ema":
-            self.teacher.copy(student)
-
-    def after_step(self, student):
-        super().after_step(student)
-        if self.teacher and self.config.teacher == "ema":
-            self.teacher.follow(student)
