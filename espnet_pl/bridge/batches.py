@@ -4,10 +4,14 @@ A flat dictionary holds the labelled utterances under ESPnet's own names
 (``speech``, ``text``, …), the others under ``unlabelled_…`` and ``fresh_…``.
 """
 
+import random
+import signal
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import SequenceIterFactory, worker_init_fn
 from torch.utils.data import DataLoader
@@ -66,17 +70,22 @@ class PairedIterFactory(AbsIterFactory):
         self.batches["gone"] = self.batches["unlabelled"]
         self.steps_per_epoch = steps_per_epoch or self._one_pass()
         self._steps, self._next_epoch = None, None
+        self.done = (1, 0)  # epoch in which a training goes on, updates of it that were made before
+
+    def done_of(self, epoch: int) -> int:
+        """How many updates of an epoch are not made again."""
+        return self.done[1] if epoch == self.done[0] else 0
 
     def build_iter(self, epoch: int, shuffle: bool | None = None) -> DataLoader:
         """The updates of an epoch, counted from 1; ESPnet's ``shuffle`` means nothing here."""
         loader = self.streams["labelled"] or self.streams["unlabelled"]
         return DataLoader(
             dataset=_Both({k: s.dataset for k, s in self.streams.items() if s}),
-            batch_sampler=_Epoch(self, epoch),
+            batch_sampler=_Epoch(self, epoch, loader.num_workers > 0),
             collate_fn=partial(_collate, {k: s.collate_fn for k, s in self.streams.items() if s}),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
-            worker_init_fn=partial(worker_init_fn, base_seed=epoch + self.seed),
+            worker_init_fn=partial(_begin_worker, base_seed=epoch + self.seed),
         )
 
     def _one_pass(self) -> int:
@@ -97,7 +106,7 @@ class PairedIterFactory(AbsIterFactory):
         return None if isinstance(batches, LabelAwareBatches) else len(batches)
 
     def steps_of(self, epoch: int) -> Iterator[Step]:
-        """The steps of an epoch; each is planned when it is asked for."""
+        """The steps of an epoch that are left; each is planned when it is asked for."""
         if epoch != self._next_epoch:  # the first epoch of a process: replay what went before
             # A loader with workers asks for two batches of each before it wants the first.
             workers = (self.streams["labelled"] or self.streams["unlabelled"]).num_workers
@@ -112,8 +121,10 @@ class PairedIterFactory(AbsIterFactory):
             for _ in range((epoch - 1) * self.steps_per_epoch):
                 next(self._steps)
         self._next_epoch = None  # until this one is over
-        for _ in range(self.steps_per_epoch):
-            yield next(self._steps)
+        for number in range(self.steps_per_epoch):
+            step = next(self._steps)
+            if number >= self.done_of(epoch):
+                yield step
         self._next_epoch = epoch + 1
 
     def keys(self, step: Step) -> Iterator[tuple[str, str]]:
@@ -130,14 +141,22 @@ class PairedIterFactory(AbsIterFactory):
 
 
 class _Epoch:
-    """The updates of one epoch as lists of keys, each made when it is asked for."""
+    """The updates of one epoch as lists of keys, each made when it is asked for.
 
-    def __init__(self, factory: PairedIterFactory, epoch: int) -> None:
-        self.factory, self.epoch = factory, epoch
+    Args:
+        seeded: each begins with the seed that its worker is to draw from: which worker loads an
+            update, and what it loaded before, are others where a training goes on.
+    """
+
+    def __init__(self, factory: PairedIterFactory, epoch: int, seeded: bool) -> None:
+        self.factory, self.epoch, self.seeded = factory, epoch, seeded
 
     def __iter__(self) -> Iterator[list[tuple[str, str]]]:
-        for step in self.factory.steps_of(self.epoch):
-            yield list(self.factory.keys(step))
+        for number, step in enumerate(
+            self.factory.steps_of(self.epoch), self.factory.done_of(self.epoch)
+        ):
+            seed = f"{self.factory.seed} {self.epoch} {number}"
+            yield [("seed", seed)] * self.seeded + list(self.factory.keys(step))
 
     def __len__(self) -> int:
         return self.factory.steps_per_epoch
@@ -151,7 +170,20 @@ class _Both:
 
     def __getitem__(self, key: tuple[str, str]) -> tuple[str, Any]:
         kind, utt_id = key
+        if kind == "seed":
+            seed = random.Random(utt_id).getrandbits(32)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            return kind, None
         return kind, utt_id if kind == "gone" else self.datasets[kind][utt_id]
+
+
+def _begin_worker(worker_id: int, base_seed: int) -> None:
+    """As ESPnet's; signals are for the process that trains, which still needs its batches."""
+    for sign in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(sign, signal.SIG_IGN)
+    worker_init_fn(worker_id, base_seed)
 
 
 def _collate(collate_fns: dict[str, Any], items: list) -> tuple[list[str], dict[str, Any]]:

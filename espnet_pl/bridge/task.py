@@ -33,6 +33,7 @@ OPTIONS = (
     "batching",
     "batching_conf",
     "batching_labels",
+    "save_interval",
 )
 
 
@@ -113,6 +114,12 @@ class _Learning:
             "--batching_labels",
             help="a text file, 'utterance-id token token …': what is in the unlabelled speech, "
             "where the method has no stored records of a teacher that say it",
+        )
+        group.add_argument(
+            "--save_interval",
+            default="10min",
+            help="how much work may be lost: a number of updates, or a time (10min, 30s); a "
+            "checkpoint is also written at the end of each epoch, and on SIGTERM, SIGUSR1, SIGUSR2",
         )
         # One criterion: 202511 averages wrongly with several (compat.py).  No plots and no
         # tensorboard unless asked for: both need packages that training does not.

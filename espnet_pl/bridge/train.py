@@ -16,6 +16,7 @@ import yaml
 from espnet2.train.class_choices import ClassChoices
 
 from espnet_pl.bridge import batching, compat, teaching
+from espnet_pl.bridge.keeping import Interval
 from espnet_pl.bridge.merge import merge
 from espnet_pl.bridge.task import task_of
 from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
@@ -44,6 +45,7 @@ def load_config(paths: Sequence[str | Path]) -> dict[str, Any]:
             raise ConfigError(unknown(_where(paths), key, known))
     config_of(config.get("method", "supervised"), config.get("method_conf", {}))
     teaching.check_mode(config.get("teacher_mode", "stored"))
+    Interval(config.get("save_interval", "10min"))
     batching.settings_of(config)
     for choices in task.class_choices_list:
         _check_conf(paths, choices, config)

@@ -12,6 +12,11 @@ def several() -> bool:
     return there and torch.distributed.get_world_size() > 1
 
 
+def rank() -> int:
+    """Which one this is, from 0."""
+    return torch.distributed.get_rank() if several() else 0
+
+
 def gather(mine: Any) -> list[Any]:
     """What every rank holds, in the order of the ranks; all of them must ask."""
     if not several():

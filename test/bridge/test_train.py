@@ -217,7 +217,7 @@ def test_a_checkpoint_of_stock_espnet_is_not_continued_silently(arguments, tmp_p
     states = weights(path)
     del states["optimizers"][0]["method"]
     torch.save(states, path)
-    with pytest.raises(RuntimeError, match="not written by espnet_pl"):
+    with pytest.raises(ConfigError, match="no checkpoint is whole: .* as a checkpoint of ours"):
         main([*arguments("supervised", max_epoch=2), "--resume", "true"])
 
 
