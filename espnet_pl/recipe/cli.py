@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from espnet_pl.recipe import check, config, launch, progress, report, stages, study, teachers
@@ -44,9 +45,51 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     began = time.monotonic()
     args = _parse(argv)
     recipe = config.load_recipe()
+    calls = [_call(own, recipe, afterwards) for own in _models(args, recipe)]
+    launch.backend(args.cmd)  # refused now, not after the first stage
+    print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['./run.sh', *argv])}", flush=True)
+    plans = [_plan(call, recipe) for call in calls]  # mistakes are told before work on any
+    for call, plan in zip(calls, plans):
+        if len(calls) > 1:
+            print(f"# {plan.asr}, in {plan.expdir}", flush=True)
+        _stages(call, plan)
+    if not args.dry_run:
+        print(f"finished in {progress.duration(time.monotonic() - began)}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is asked of one model."""
+
+    args: argparse.Namespace
+    runs: dict[str, config.Run]
+    chosen: list[str]
+    seeds: list[int]
+    numbers: list[int]  # of stages
+    of_study: study.Study | None = None
+    pairs: Sequence[tuple[str, int]] = ()  # its cells and seeds
+
+
+def _models(args: argparse.Namespace, recipe: config.Recipe) -> list[argparse.Namespace]:
+    """The call for each model that it is about; the one whose table shows both comes last."""
+    if args.method != "all" or args.study:
+        return [args]
+    if args.asr_config != config.ASR or not recipe.other_model:
+        return [args]
+    asr = Path(recipe.other_model)
+    other = {"asr_config": asr, "expdir": config.beside(args.expdir, asr)}
+    return [argparse.Namespace(**{**vars(args), **other}), args]
+
+
+def _call(
+    args: argparse.Namespace, recipe: config.Recipe, afterwards: contextlib.ExitStack
+) -> _Call:
     if not args.asr_config.exists():
         found = sorted(map(str, Path("conf").glob("asr*.yaml")))
-        raise RecipeError(f"--asr_config: {config.did_you_mean(str(args.asr_config), found)}")
+        where = "recipe.yaml: other_model" if str(args.asr_config) == recipe.other_model else None
+        guess = config.did_you_mean(str(args.asr_config), found)
+        raise RecipeError(f"{where or '--asr_config'}: {guess}")
     runs = config.load_runs(recipe, args.asr_config, args.expdir)
     numbers = _numbers(args)
     if args.dry_run:  # the files of phases and cells are needed to look at them, and no longer
@@ -56,46 +99,50 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
         of_study = study.load(args.study, recipe, runs, args.asr_config, args.expdir)
         pairs = study.chosen(of_study, args.method, _seeds(args.seed) if args.seed else None)
         last = NAMES.index("train") + 1
-        runs, numbers = of_study.runs, [number for number in numbers if number <= last]
+        numbers = [number for number in numbers if number <= last]
         chosen, seeds = ([*dict.fromkeys(values)] for values in zip(*pairs))
-    else:
-        chosen = _chosen(args.method, recipe, runs)
-        seeds = _seeds(args.seed) if args.seed else recipe.seeds
-    launch.backend(args.cmd)  # refused now, not after the first stage
-    print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['./run.sh', *argv])}", flush=True)
-    needed = config.with_inits(chosen, runs)
+        return _Call(args, of_study.runs, chosen, seeds, numbers, of_study, pairs)
+    chosen = _chosen(args.method, recipe, runs, args.asr_config)
+    return _Call(args, runs, chosen, _seeds(args.seed) if args.seed else recipe.seeds, numbers)
+
+
+def _plan(call: _Call, recipe: config.Recipe) -> stages.Plan:
+    args, runs = call.args, call.runs
+    needed = config.with_inits(call.chosen, runs)
     seen = [*args.expdir.glob("*/infer"), *args.expdir.glob("seed*/*/infer")]
     others = _with_phases({path.parent.name for path in seen} & {*runs}, runs) - {*needed}
     verdicts = {}
-    if {"train_lm", "train", "measure"} & {NAMES[number - 1] for number in numbers}:
+    if {"train_lm", "train", "measure"} & {NAMES[number - 1] for number in call.numbers}:
         verdicts = check.check_runs(
             needed, sorted(others), runs, args.expdir, write=not args.dry_run
         )
         teachers.refuse(runs, verdicts)
     known = {name: run for name, run in runs.items() if name not in others or name in verdicts}
-    plan = stages.Plan(
-        recipe, known, tuple(chosen), tuple(seeds), verdicts,
+    return stages.Plan(
+        recipe, known, tuple(call.chosen), tuple(call.seeds), verdicts,
         args.asr_config, args.expdir, args.dumpdir, args.ngpu, args.nj, args.teacher_mode,
     )  # fmt: skip
-    for number in numbers:
+
+
+def _stages(call: _Call, plan: stages.Plan) -> None:
+    args, runs = call.args, call.runs
+    needed = config.with_inits(call.chosen, runs)
+    for number in call.numbers:
         stage = stages.STAGES[number - 1]
         print(f"Stage {number}: {stage.__name__}", flush=True)
-        if args.study and stage is stages.train:
-            jobs = list(study.jobs(plan, of_study, pairs))
+        if call.of_study and stage is stages.train:
+            jobs = list(study.jobs(plan, call.of_study, call.pairs))
         else:
             jobs = list(stage(plan))
         if not jobs:
             print("nothing to do")
-        inits = {*needed} - _with_phases(chosen, runs)
+        inits = {*needed} - _with_phases(call.chosen, runs)
         force = {job.name for job in jobs if args.force and _redone(job, inits)}
         launch.run(jobs, args.cmd, args.nj, args.dry_run, force, [args.expdir, Path("log")])
         if stage is stages.measure and not args.dry_run:
             table = stages.results(plan)
             print(table.read_text(encoding="utf-8").partition(f"\n## {report.DETAILS}")[0])
             print(f"the rest is in {table}")
-    if not args.dry_run:
-        print(f"finished in {progress.duration(time.monotonic() - began)}")
-    return 0
 
 
 def _with_phases(names: Collection[str], runs: dict[str, config.Run]) -> set[str]:
@@ -190,10 +237,13 @@ def _describe(argv: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _chosen(method: str | None, recipe: config.Recipe, runs: dict[str, config.Run]) -> list[str]:
+def _chosen(
+    method: str | None, recipe: config.Recipe, runs: dict[str, config.Run], asr: Path
+) -> list[str]:
     names = recipe.default if method is None else [*filter(None, method.split(","))]
     if names == ["all"]:
-        names = recipe.methods
+        own = str(asr) == recipe.other_model and recipe.other_methods
+        names = own or recipe.methods
     named = [recipe.oracle] if recipe.oracle != config.Recipe.oracle else []
     for name in [*names, *recipe.methods, recipe.baseline, *named]:
         if name not in runs:

@@ -44,6 +44,9 @@ class Recipe:
         tokens_from: sets whose text makes the token list (default: ``labelled``).
         rate: samples per second.
         methods: the runs of ``--method all``, in order.
+        other_model: a configuration in place of ``conf/asr.yaml``, for methods that need another
+            student; its runs are a block of their own in the table.
+        other_methods: its runs of ``--method all``; with the same baseline and oracle by name.
         default: the runs without ``--method``.
         baseline: the run differences and recovery rates refer to.
         oracle: the run with the truth of the unlabelled set; recovery 100 %.
@@ -62,6 +65,8 @@ class Recipe:
     tokens_from: list[str] = dataclasses.field(default_factory=list)
     rate: int = 16000
     methods: list[str] = dataclasses.field(default_factory=lambda: ["supervised"])
+    other_model: str | None = None
+    other_methods: list[str] = dataclasses.field(default_factory=list)
     default: list[str] = dataclasses.field(default_factory=lambda: ["supervised"])
     baseline: str = "supervised"
     oracle: str = "oracle"
@@ -74,6 +79,8 @@ class Recipe:
         for name in self.report_together:
             if name not in self.test:
                 raise RecipeError(f"report_together: {did_you_mean(name, self.test)}")
+        if self.other_methods and not self.other_model:
+            raise RecipeError("other_methods: of which model? Give other_model, too")
         if not self.tokens_from:
             object.__setattr__(self, "tokens_from", [self.labelled])
         for name in self.lm_text:
@@ -346,7 +353,20 @@ def with_inits(names: Iterable[str], runs: Mapping[str, Run]) -> list[str]:
 
 def default_expdir(asr: Path) -> Path:
     """Where the experiments of a model configuration are: ``exp``, or ``exp_<its name>``."""
-    return Path("exp" if asr == ASR else f"exp_{asr.stem}")
+    return Path("exp") if asr == ASR else beside(Path("exp"), asr)
+
+
+def beside(expdir: Path, asr: Path) -> Path:
+    """Where the experiments of another model are, for a call about both."""
+    return expdir.with_name(f"{expdir.name}_{asr.stem}")
+
+
+def other_results(recipe: Recipe, asr: Path, expdir: Path) -> Path | None:
+    """The numbers of the recipe's other model, if there are any that this model's table shows."""
+    if asr != ASR or not recipe.other_model:
+        return None
+    path = beside(expdir, Path(recipe.other_model)) / "results.json"
+    return path if path.exists() else None
 
 
 def run_dir(run: str, seed: int, expdir: Path) -> Path:

@@ -248,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"no hypotheses in {args.expdir}/<run>/infer")
         result = measure(recipe, found)
         result |= {"asr_config": str(args.asr_config), "expdir": str(args.expdir)}
+        result["output"] = str(args.output)
         seeds = sorted({seed for folders in found.values() for seed in folders})
         result["before"] = {}
         for run in config.with_inits([run for run in found if run in runs], runs):
@@ -259,7 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     trained = [*result["before"], *found]
     inits = {run: runs[run].options.init if run in runs else None for run in trained}
-    text = report.markdown(result, inits, recipe)
+    result["inits"] = inits
+    path = config.other_results(recipe, args.asr_config, args.expdir)
+    text = report.markdown(result, recipe, markers.read(path) if path else None)
     report.replace(args.output, text)
     report.replace(args.expdir / "results.json", json.dumps(result, indent=1) + "\n")
     print(text)

@@ -13,9 +13,16 @@ DETAILS = "Details"  # the heading where what is printed ends
 NINE = ("dataset", "Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
 
 
-def markdown(result: Mapping, inits: Mapping[str, str | None], recipe: config.Recipe) -> str:
-    """The whole file; only the section on commands and machines depends on time and place."""
-    body = ["# Results", *_rates(result), *_against(result, recipe), *_costs(result, inits)]
+def markdown(result: Mapping, recipe: config.Recipe, other: Mapping | None = None) -> str:
+    """The whole file; only the section on commands and machines depends on time and place.
+
+    Args:
+        result: the numbers of `measure`.
+        recipe: names the oracle.
+        other: the numbers of another model, read from its ``results.json``: a block of their own.
+    """
+    body = ["# Results", *_rates(result), *_against(result, recipe), *_costs(result)]
+    body += _block(other, recipe) if other else []
     body += [
         f"\n## {DETAILS}",
         *_details(result, "word", "WER"),
@@ -32,8 +39,20 @@ def replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _block(other: Mapping, recipe: config.Recipe) -> list[str]:
+    lines = [*_rates(other), *_against(other, recipe), *_costs(other)]
+    return [
+        f"\n## Students of another model: {other['asr_config']}\n",
+        "Splits are the same; baseline and oracle are this model's own; the tables say which seeds "
+        "and how many updates. Compare these runs with each other: from those above they differ "
+        f"by their model, too. Details and commands: {other['output']}.",
+        *(line.replace("\n## ", "\n### ", 1) for line in lines),
+    ]
+
+
 def _rates(result: Mapping) -> list[str]:
-    seeds = sorted({seed for costs in result["runs"].values() for seed in costs})
+    # Of numbers that were read from a file, seeds are words.
+    seeds = sorted({seed for costs in result["runs"].values() for seed in costs}, key=int)
     rows, notes = [], []
     for name, entry in result["sets"].items():
         for run, scores in entry["runs"].items():
@@ -79,14 +98,14 @@ def _against(result: Mapping, recipe: config.Recipe) -> list[str]:
     return lines
 
 
-def _costs(result: Mapping, inits: Mapping[str, str | None]) -> list[str]:
+def _costs(result: Mapping) -> list[str]:
     rows, total = [], [0.0, 0.0]
     for run, costs in _trained(result).items():
         wall, cpu, updates = (_known(costs, key) for key in ("wall_s", "cpu_s", "updates"))
         total = [sum(wall, total[0]), sum(cpu, total[1])]
         gpus = max(_known(costs, "gpus"), default=0)
         rows.append([
-            run, inits.get(run) or "random", ", ".join(map(str, costs)),
+            run, result["inits"].get(run) or "random", ", ".join(map(str, costs)),
             f"{mean(updates):.0f}" if updates else "?",
             duration(mean(wall)) if wall else "?", duration(mean(cpu)) if cpu else "?", gpus,
         ])  # fmt: skip

@@ -237,6 +237,8 @@ def measure(plan: Plan) -> Iterator[Job]:
     for name, seed in found:
         folder = plan.dir(name, seed)
         inputs += [folder / "train.job.json", *(folder / "infer" / test / "text" for test in sets)]
+    other = config.other_results(plan.recipe, plan.asr, plan.expdir)
+    inputs += [other] if other else []
     words = [word for name, seed in found for word in ("--run", f"{name}:{seed}")]
     yield Job(
         "measure",

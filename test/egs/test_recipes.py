@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from espnet_pl.bridge.merge import merge
 from espnet_pl.recipe import check, config
 from test.egs.test_corpora import SMALL, needs_speech
 
@@ -62,8 +63,11 @@ def test_every_run_has_a_configuration_that_can_be(corpus, tmp_path, monkeypatch
     runs = config.load_runs(recipe)
     assert {*recipe.methods} <= {*runs}
     config.write_phases(runs.values())
-    verdicts = check.check_runs(runs, (), runs, tmp_path)
-    assert verdicts.keys() == runs.keys()
+    others = config.load_runs(recipe, Path(recipe.other_model), tmp_path)
+    asked = runs | {f"transducer {name}": others[name] for name in recipe.other_methods}
+    verdicts = check.check_runs(asked, (), asked, tmp_path)
+    assert verdicts.keys() == asked.keys()
+    assert verdicts["transducer transducer_kd"].taught and verdicts["lpm"].language_model
     explored, tuned = runs["bljust.joint"], runs["bljust"]
     assert (explored.method, tuned.method) == ("bljust", "supervised")
     assert verdicts["bljust.joint"].unlabelled and not verdicts["bljust"].unlabelled
@@ -73,15 +77,53 @@ def test_every_run_has_a_configuration_that_can_be(corpus, tmp_path, monkeypatch
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("corpus", SMALL)
+def test_the_table_has_all_families_with_as_many_updates(corpus, monkeypatch, tmp_path):
+    """From the seed, in all phases together; and from the same sets, but for the oracle."""
+    monkeypatch.chdir(ROOT / f"egs/{corpus}/pl1")
+    recipe = config.load_recipe()
+    other = Path(recipe.other_model)
+    used = set()
+    for asr, names in ((config.ASR, recipe.methods), (other, recipe.other_methods)):
+        runs = config.load_runs(recipe, asr, tmp_path)
+        seed, shares = runs["supervised"], {}
+        assert {recipe.baseline, recipe.oracle, "supervised"} <= {*names}
+        for name in names:
+            trainings = [runs[one] for one in (*runs[name].before, name)]
+            used |= {one.method for one in trainings}
+            if name != "supervised":
+                assert trainings[0].options.init == "supervised"
+                shares[name] = sum(updates(one, asr) for one in trainings)
+            sets = {(one.options.labelled, one.options.unlabelled) for one in trainings}
+            if name != recipe.oracle:
+                assert sets == {(seed.options.labelled, recipe.unlabelled)}, name
+        assert len(set(shares.values())) == 1, shares
+    assert used == {
+        "supervised", "iterative", "slimipl", "mpl", "lpm", "ce_pl", "csl", "bljust",
+        "transducer_kd",
+    }  # fmt: skip
+
+
+def updates(run, asr):
+    conf = config.mapping(asr)
+    for path in run.files[1:]:
+        conf = merge(conf, run.written if run.written is not None else config.mapping(path))
+    return conf["max_epoch"] * conf["num_iters_per_epoch"]
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "corpus, model",
-    [("mini_alnum", "asr"), pytest.param("an4", "asr_transducer", marks=needs_speech)],
+    "corpus, model, last",
+    [
+        ("mini_alnum", "asr", "bljust"),
+        pytest.param("an4", "asr_transducer", "transducer_kd", marks=needs_speech),
+    ],
 )
-def test_from_audio_to_the_table(corpus, model, tmp_path):
+def test_from_audio_to_the_table(corpus, model, last, tmp_path):
     pytest.importorskip("espeakng_loader")
     folder = small_recipe(corpus, tmp_path / corpus / "pl1")
-    options = ["--method", "supervised,slimipl,csl,lpm", "--seed", "1"]
+    methods = ["supervised", "slimipl", "csl", "lpm", last]
+    options = ["--method", ",".join(methods), "--seed", "1"]
     own = "" if model == "asr" else f"_{model}"
     if own:
         options += ["--asr_config", f"conf/{model}.yaml"]
@@ -93,7 +135,7 @@ def test_from_audio_to_the_table(corpus, model, tmp_path):
     tokens = "char" if own else "word"  # the transducer spells
     assert (experiments / f"lm/{tokens}/valid.loss.ave.pth").exists()
     assert "csl.contrast" in json.loads((experiments / "results.json").read_text())["before"]
-    for run in ("supervised", "slimipl", "csl", "lpm"):
+    for run in methods:
         for heard in recipe["test"]:
             assert f"|{run}/{heard}|" in table
             decoded = experiments / run / "infer" / heard / "text"

@@ -87,6 +87,7 @@ def test_help_is_quick_and_complete():
         ("recipe.yaml", "token_type: chars\n", "did you mean 'char'?"),
         ("conf/a.yaml", "method: x\nrecipe: {token_type: words}\n", "did you mean 'word'?"),
         ("recipe.yaml", "test: [a]\nreport_together: [b]\n", "report_together: 'b' is not known"),
+        ("recipe.yaml", "other_methods: [a]\n", "of which model? Give other_model, too"),
         ("recipe.yaml", "default: [superwised]\n", "did you mean 'supervised'?"),
         ("recipe.yaml", "default: [oracle]\nbaseline: continue\n", "did you mean 'continued'?"),
         ("recipe.yaml", "default: [oracle]\noracle: orakel\n", "did you mean 'oracle'?"),

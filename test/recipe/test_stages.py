@@ -256,6 +256,47 @@ def test_another_model_has_experiments_and_a_table_of_its_own():
     assert call("--stop_stage", "train")[1] == []
 
 
+def test_a_call_for_all_is_about_both_models(capsys):
+    Path("conf/asr_transducer.yaml").write_text("task: asr_transducer\n")
+    Path("conf/decode_asr_transducer.yaml").write_text("beam_size: 1\n")
+    recipe = Path("recipe.yaml").read_text()
+    other = "other_model: conf/asr_transducer.yaml\nother_methods: [supervised, continued]\n"
+    Path("recipe.yaml").write_text(recipe + other)
+    code, started = call("--method", "all")
+    assert code == 0
+    trained = [name for name in started if name.startswith("train ")]
+    ours = ["supervised", "continued", "slimipl", "oracle"]
+    assert trained == [f"train {run} seed 1" for run in ("supervised", "continued", *ours)]
+    assert Path("exp_asr_transducer/continued/train.log").exists()
+    assert not Path("exp_asr_transducer/slimipl").exists()
+    table, own = Path("RESULTS.md").read_text(), Path("RESULTS_asr_transducer.md").read_text()
+    above, block = table.split("## Students of another model: conf/asr_transducer.yaml\n")
+    assert "|test|slimipl|" in above and "### Word error rate\n\n|set|run|" in block
+    assert "|test|continued|" in block and "|slimipl|" not in block.partition("## Details")[0]
+    assert "RESULTS_asr_transducer.md" in block and "## Students" not in own
+    assert call("--method", "all") == (0, [])
+    # One model alone, and all there is of the other one.
+    assert call("--method", "all", "--asr_config", "conf/asr_transducer.yaml") == (0, [])
+    assert call("--method", "slimipl")[1] == [] and Path("RESULTS.md").read_text() == table
+    # A trial has both beside each other.
+    assert call("--method", "all", "--expdir", "trial")[0] == 0
+    assert Path("trial_asr_transducer/RESULTS.md").exists()
+    assert "## Students of another model" in Path("trial/RESULTS.md").read_text()
+    # The block is as new as what it shows.
+    capsys.readouterr()
+    assert (
+        call("--method", "continued", "--asr_config", "conf/asr_transducer.yaml", "--seed", "2")[0]
+        == 0
+    )
+    assert call("--method", "slimipl")[1] == ["measure"]
+    assert "|test|continued|**66.67**|66.67|66.67|" in Path("RESULTS.md").read_text()
+    Path("recipe.yaml").write_text(recipe + other.replace("continued", "contineud"))
+    before = tree()
+    assert call("--method", "all") == (2, [])
+    assert "recipe.yaml: 'contineud' is not known; did you mean" in capsys.readouterr().err
+    assert tree() == before
+
+
 def test_a_model_may_have_tokens_of_its_own():
     Path("conf/asr_transducer.yaml").write_text(
         "task: asr_transducer\nrecipe: {token_type: char}\n"
