@@ -6,6 +6,7 @@ A block of the page is written anew between its lines,
     <!-- table fsdd: against hard-10 on test: * -->   the same on other speech than the first set
     <!-- figure fsdd: blank_share frame_entropy: hard-none soft-none -->
     <!-- ladder fsdd: on test: hard full -->          cells X-hard, X-full of teachers teacher-X
+    <!-- recovery fsdd: from continued to oracle on test: lm* -->     shares of an oracle's gain
     <!-- end -->
 
 everything else is left as it is.  A figure lies beside the page, with one panel for each quantity
@@ -29,7 +30,7 @@ from espnet_pl.recipe import measure
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/studies"
 BLOCK = re.compile(
-    r"(<!-- (table|figure|ladder) ([^:]+): ([^:]+): (.+?) -->\n).*?(<!-- end -->)", re.S
+    r"(<!-- (table|figure|ladder|recovery) ([^:]+): ([^:]+): (.+?) -->\n).*?(<!-- end -->)", re.S
 )
 LAST = 100  # updates at the end of a training over which a quantity is averaged
 
@@ -64,27 +65,57 @@ def interval(
 
     Of several cells the errors are summed: [a, d] against [b, c] is (a - b) - (c - d).
     """
-    seeds = sorted(set.intersection(*(set(cell) for cell in [*mine, *base])))
+    found = resampled([mine, base], sets)
+    if found is None:
+        return None
+    total, sums = found
+    n = len(total) // 2
+    low, high = measure.interval(sums[:, :n], sums[:, n : 2 * n], sums[:, -1])
+    mean = 100 * (total[:n].sum() - total[n : 2 * n].sum()) / (n * total[-1])
+    return float(mean), low, high, n
+
+
+def recovered(
+    mine: dict[int, dict], base: dict[int, dict], oracle: dict[int, dict], sets: list[str]
+) -> str:
+    """The share of the oracle's gain in words, with its 95 % interval; – where there is no gain."""
+    found = resampled([[mine], [base], [oracle]], sets)
+    if found is None:
+        return ""
+    total, sums = found
+    n = len(total) // 3
+    run, without, best = (sums[:, place : place + n] for place in (0, n, 2 * n))
+    if measure.interval(best, without, sums[:, -1])[1] >= 0:  # a share of what may be nothing
+        return "–"
+    errors = [total[place : place + n].sum() for place in (n, 0, 2 * n)]
+    low, high = measure.recovery_interval(run, without, best)
+    told = measure.verdict(-high, -low, n)
+    return f"{measure.recovery(*errors):.1f} [{low:.1f}, {high:.1f}] {told}"
+
+
+def resampled(
+    sides: list[list[dict[int, dict]]], sets: list[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Errors of each side's seeds, one side after the other, then words; None without common seeds.
+
+    Of all speech, [k], and of speech that is drawn, [replicates, k]: the same for all sides.
+    """
+    seeds = sorted(set.intersection(*(set(cell) for side in sides for cell in side)))
     if not seeds:
         return None
-    first = base[0][seeds[0]]
+    first = sides[-1][0][seeds[0]]
     keys = [(test, key) for test in sets for key in first["errors"][test]]
     columns = [
         [sum(sum(cell[seed]["errors"][test][key][1:]) for cell in side) for test, key in keys]
-        for side in (mine, base)
+        for side in sides
         for seed in seeds
     ]
     units = [sum(first["errors"][test][key][:3]) for test, key in keys]
     drawn = [(test, number) for test in sets for number in first["speakers"][test] or []]
     speakers = [*dict.fromkeys(drawn)] if len(drawn) == len(keys) else []
     clusters = np.array([speakers.index(s) for s in drawn] if speakers else range(len(keys)))
-    sums = measure.resample(
-        np.array([*columns, units]).T.astype(float), clusters, measure.REPLICATES
-    )
-    n = len(seeds)
-    low, high = measure.interval(sums[:, :n], sums[:, n : 2 * n], sums[:, -1])
-    mean = 100 * (np.sum(columns[:n]) - np.sum(columns[n:])) / (n * sum(units))
-    return float(mean), low, high, n
+    counts = np.array([*columns, units], dtype=float).T
+    return counts.sum(axis=0), measure.resample(counts, clusters, measure.REPLICATES)
 
 
 def last(records: dict[int, dict], name: str) -> float | None:
@@ -128,6 +159,25 @@ def table(cells: dict, what: str, patterns: str) -> str:
             f"{seconds:.0f}",
         ]
         lines.append(f"|{'|'.join(row)}|")
+    return "\n".join(lines) + "\n"
+
+
+def recoveries(cells: dict, what: str, patterns: str) -> str:
+    """One line for each cell: how much of the way from a baseline to an oracle it makes."""
+    ends, _, sets = what.removeprefix("from").partition(" on ")
+    base, _, oracle = (name.strip() for name in ends.partition(" to "))
+    heads = ["cell", f"{sets.replace(',', '+')} WER % (seeds)", f"against {base}"]
+    heads.append(f"recovered of {oracle}'s gain %")
+    lines = [f"|{'|'.join(heads)}|", "|---" * len(heads) + "|"]
+    for cell in picked(cells, f"{base} {oracle} {patterns}"):
+        rates = rate(cells[cell], sets.split(","))
+        each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
+        differs = share = ""
+        if cell != base and base in cells:
+            differs = difference([cells[cell]], [cells[base]], sets.split(","))
+            if cell != oracle and oracle in cells:
+                share = recovered(cells[cell], cells[base], cells[oracle], sets.split(","))
+        lines.append(f"|{cell}|**{np.mean(rates):.1f}**{each}|{differs}|{share}|")
     return "\n".join(lines) + "\n"
 
 
@@ -254,6 +304,8 @@ def fill(study: str, folder: Path = FOLDER) -> None:
             raise SystemExit(f"{page}: no record of {corpus} fits {patterns!r}")
         if kind == "table":
             return head + table(cells, what.strip(), patterns) + end
+        if kind == "recovery":
+            return head + recoveries(cells, what.strip(), patterns) + end
         figures += 1
         path = folder / f"{study}_{figures}.png"
         if kind == "ladder":

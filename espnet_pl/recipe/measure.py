@@ -80,11 +80,34 @@ def interval(run: np.ndarray, base: np.ndarray, units: np.ndarray, seed: int = 1
         base: the same of the other run, the same seeds in the same order.
         units: resampled reference units, [replicates].
     """
-    replicates, seeds = run.shape
-    draws = np.random.default_rng(seed).integers(seeds, size=(replicates, seeds))
-    drawn = np.take_along_axis(run - base, draws, axis=1).mean(axis=1)
-    differences = 100 * drawn / np.maximum(units, 1)
+    differences = 100 * _drawn(run - base, seed) / np.maximum(units, 1)
     return [float(value) for value in np.percentile(differences, [2.5, 97.5])]
+
+
+def recovery_interval(
+    run: np.ndarray, base: np.ndarray, oracle: np.ndarray, seed: int = 1
+) -> list[float]:
+    """The 95 % interval of a recovery, in per cent.
+
+    Where the oracle gains nothing, as it may in a few replicates, a share of it could be anything.
+
+    Args:
+        run: resampled errors, [replicates, s], one column per seed.
+        base: the same of the run that recovers nothing, the same seeds in the same order.
+        oracle: the same of the run that recovers all.
+    """
+    mine, gain = _drawn(base - run, seed), _drawn(base - oracle, seed)
+    share = 100 * mine / np.where(gain > 0, gain, 1)
+    low = np.percentile(np.where(gain > 0, share, -np.inf), 2.5, method="lower")
+    high = np.percentile(np.where(gain > 0, share, np.inf), 97.5, method="higher")
+    return [float(low), float(high)]
+
+
+def _drawn(errors: np.ndarray, seed: int) -> np.ndarray:
+    """The mean of seeds drawn with replacement: [replicates, s] -> [replicates]."""
+    replicates, seeds = errors.shape
+    draws = np.random.default_rng(seed).integers(seeds, size=(replicates, seeds))
+    return np.take_along_axis(errors, draws, axis=1).mean(axis=1)
 
 
 def verdict(low: float, high: float, seeds: int) -> str:

@@ -137,6 +137,19 @@ def test_verdicts(low, high, seeds, word):
     assert measure.verdict(low, high, seeds) == word
 
 
+def test_the_interval_of_a_recovery():
+    rng = np.random.default_rng(0)
+    base = rng.normal(300, 5, (10_000, 3))
+    oracle, run = base - rng.normal(200, 4, (10_000, 3)), base - 50.0
+    low, high = measure.recovery_interval(run, base, oracle)
+    assert low < 25 < high < 27 and low > 23
+    # The oracle itself recovers all, the baseline nothing, in every replicate.
+    assert measure.recovery_interval(oracle, base, oracle) == [100, 100]
+    assert measure.recovery_interval(base, base, oracle) == [0, 0]
+    # Where the oracle gains nothing too often, the share could be anything.
+    assert measure.recovery_interval(run, base, base) == [-np.inf, np.inf]
+
+
 def test_recovery():
     assert measure.recovery(20, 10, 10) == 100
     assert measure.recovery(20, 20, 10) == 0

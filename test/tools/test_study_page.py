@@ -124,6 +124,32 @@ def test_a_ladder_of_teachers(folder):
     assert "](soft_1.png)" in lines[7] and (folder / "soft_1.png").stat().st_size > 1000
 
 
+def test_how_much_of_an_oracles_gain_is_recovered(folder):
+    cells = {"base": (10, 10, 11), "best": (2, 3, 3), "lm": (6, 7, 7), "worse": (12, 13, 13)}
+    for cell, counts in cells.items():
+        for seed, wrong in enumerate(counts, 1):
+            path = folder / f"data/soft/toy.{cell}.{seed}.json"
+            path.write_text(json.dumps(record(cell, seed, wrong)))
+    block = "<!-- recovery toy: from base to {} on dev: lm worse -->\n<!-- end -->\n"
+    (folder / "soft.md").write_text(block.format("best"))
+    page.fill("soft", folder)
+    lines = (folder / "soft.md").read_text().splitlines()
+    assert lines[1] == "|cell|dev WER % (seeds)|against base|recovered of best's gain %|"
+    assert lines[3] == "|base|**10.3** (10.0, 10.0, 11.0)|||"
+    assert lines[4].startswith("|best|**2.7** (2.0, 3.0, 3.0)|-7.7 [") and lines[4].endswith("||")
+    share = lines[5].split("|")[4]
+    assert share.startswith(f"{100 * (31 - 20) / (31 - 8):.1f} [") and share.endswith("better")
+    assert lines[6].split("|")[4].startswith(f"{100 * (31 - 38) / (31 - 8):.1f} [")
+    # Of a gain that may be none there is no share, and two seeds decide nothing.
+    (folder / "soft.md").write_text(block.format("worse"))
+    page.fill("soft", folder)
+    assert "|lm|" in (text := (folder / "soft.md").read_text()) and "|–|" in text
+    (folder / "data/soft/toy.lm.3.json").unlink()
+    (folder / "soft.md").write_text(block.format("best"))
+    page.fill("soft", folder)
+    assert "] inconclusive|\n|worse|" in (folder / "soft.md").read_text()
+
+
 def test_a_ladder_before_its_students(folder):
     (folder / "data/soft/toy.teacher-good.1.json").write_text(
         json.dumps(record("teacher-good", 1, 3))
