@@ -311,9 +311,21 @@ FAULTS = {
     ),
     "phases are not redone with their run": Fault(
         "espnet_pl/recipe/cli.py",
-        "{*needed} - _with_phases(chosen, runs)",
-        "{*needed} - {*chosen}",
+        "{*needed} - _with_phases(call.chosen, runs)",
+        "{*needed} - {*call.chosen}",
         "test/recipe/test_phases.py",
+    ),
+    "a table is made before the block that it shows": Fault(
+        "espnet_pl/recipe/cli.py",
+        "**other}), args]",
+        "**other}), args][::-1]",
+        "test/recipe/test_stages.py",
+    ),
+    "an oracle of other seeds than the run that is compared with it": Fault(
+        "espnet_pl/recipe/measure.py",
+        "_drawn(base - oracle, seed)",
+        "_drawn(base - oracle, seed + 1)",
+        "test/recipe/test_measure.py",
     ),
     "wrong key prefix in checkpoints": Fault(
         "espnet_pl/bridge/model.py",
