@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all tests: tools/test.sh [PYTEST_OPTION...], for example tools/test.sh test/losses -k ctc
+# Runs all tests, on all cores: tools/test.sh [PYTEST_OPTION...], for example tools/test.sh test/losses -k ctc -n 1
 # Installs what they need first (tools/install.sh --test). Real speech is tested where ESPNET_PL_SHARED
 # names a folder that has it.
 set -euo pipefail
@@ -22,5 +22,6 @@ shellcheck $shell_scripts .ci/run || wrong="$wrong, shellcheck"
 
 result=0
 [ -z "$wrong" ] || { echo "FAILED: ${wrong#, }" >&2 && result=1; }
-python3 -m pytest "$@" || result=$?
+# By files, in their order: the tests of a file share what took time to make, and the long files come early.
+python3 -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@" || result=$?
 exit $result
