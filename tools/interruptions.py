@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ EPOCH = re.compile(r"(\d+)epoch results: (.*)")
 TIMES = re.compile(r"(\w+_time|time)=[^,\]]*(, [^,=\]]*(?=, |$))*|, total_count=\d+")
 GOING_ON = re.compile(r"going on from .*: update (\d+) of epoch (\d+) is done")
 MODES = ("kill", "stop", "full", "damage")
+DISK = "disk"  # the folder of the one that is filled
 SHORT = "--max_epoch 2 --num_iters_per_epoch 12 --save_interval 2"
 
 
@@ -48,11 +50,11 @@ class Run:
 
     Args:
         argv: of ``espnet_pl.bridge.train``.
-        folder: that it trains in; its log is beside it.
+        folder: that it trains in.
     """
 
     def __init__(self, argv: list[str], folder: Path) -> None:
-        self.log = folder.with_name(f"{folder.name}.log")
+        self.log = log_of(folder)
         self.log.touch()
         self.begin = self.log.stat().st_size
         words = [*argv, "--output_dir", str(folder), "--resume", "true", "--log_interval", "1"]
@@ -104,6 +106,12 @@ class Run:
         return None
 
 
+def log_of(folder: Path) -> Path:
+    """Beside a training's folder, but not on the disk that is filled."""
+    beside = folder.parent.parent if folder.parent.name == DISK else folder.parent
+    return beside / f"{folder.name}.log"
+
+
 def number(position: tuple[int, int], per_epoch: int) -> int:
     """Of an update, over all epochs."""
     return (position[0] - 1) * per_epoch + position[1]
@@ -145,7 +153,7 @@ def differences(whole: Path, parts: Path) -> list[str]:
             *(torch.load(f / name, weights_only=True) for f in (parts, whole))
         ):
             found.append(name)
-    first, second = (logged(f.with_name(f"{f.name}.log").read_text()) for f in (whole, parts))
+    first, second = (logged(log_of(f).read_text()) for f in (whole, parts))
     found += [f"log of {key}" for key in first if first[key] != second.get(key)]
     return found
 
@@ -164,15 +172,16 @@ def damage(path: Path, draw: random.Random) -> None:
 def leave_room(folder: Path, share: float) -> Path:
     """Fill the disk of a folder but for this share of a checkpoint; the file that does."""
     room = int(share * (folder / checkpoints.NAME).stat().st_size)
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     filler = folder / "filler"
-    filler.write_bytes(bytes(max(free - room, 0)))
+    with suppress(OSError), open(filler, "wb", buffering=0) as file:  # the training writes, too
+        while (free := os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize) > room:
+            file.write(bytes(min(free - room, 1 << 20)))
     return filler
 
 
 def disturb(mode: str, run: Run, folder: Path, draw: random.Random, pause: float) -> str:
     """Disturb a run, and wait for its end; in a word what happened."""
-    code = run.wait_for_updates(draw.randint(1, 8))
+    code = run.wait_for_updates(draw.randint(3 if mode == "full" else 1, 8))
     if code is None:
         code = run.wait(draw.uniform(0, pause))
     if code is not None:
@@ -185,10 +194,12 @@ def disturb(mode: str, run: Run, folder: Path, draw: random.Random, pause: float
         late = len(run.updates()) - made
         return "stopped" if code == AGAIN and late <= 1 else f"exit code {code}, {late} updates"
     if mode == "full":
+        os.kill(run.process, signal.SIGSTOP)  # it would be done before the disk is full
         filler = leave_room(folder, draw.uniform(0, 0.9))
+        os.kill(run.process, signal.SIGCONT)
         code = run.wait()
         filler.unlink()
-        said = "cannot write" in run.text() and "No space left" in run.text()
+        said = "cannot write" in run.text() and "Make room" in run.text()
         return "done" if code == 0 else "disk full" if said else f"exit code {code}"
     saving = any(folder.glob(".checkpoint*"))
     os.killpg(run.process, signal.SIGKILL)
@@ -218,16 +229,17 @@ def main(argv: list[str] | None = None) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     if [*options.work.iterdir()]:
         parser.error(f"{options.work} is not empty")
+    folder = options.work
     if options.mode == "full":
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", str(options.work)], check=True
-        )
+        folder = options.work / DISK
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", folder], check=True)
     begin = time.monotonic()
     try:
-        counts = _disturbed(options, words)
+        counts = _disturbed(options, words, folder)
     finally:
         if options.mode == "full":
-            subprocess.run(["umount", str(options.work)], check=True)
+            subprocess.run(["umount", "--lazy", folder], check=True)
     counts |= {"seconds": round(time.monotonic() - begin), "command": shlex.join(sys.argv)}
     print(json.dumps(counts, indent=1))
     if options.record:
@@ -237,8 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if counts["wrong"] else 0
 
 
-def _disturbed(options: argparse.Namespace, words: list[str]) -> dict:
-    draw, whole = random.Random(f"{options.mode} {options.seed}"), options.work / "whole"
+def _disturbed(options: argparse.Namespace, words: list[str], folder: Path) -> dict:
+    draw, whole = random.Random(f"{options.mode} {options.seed}"), folder / "whole"
     run = Run(words, whole)
     started = run.wait_for_updates(1) is None
     clock = time.monotonic()
@@ -252,8 +264,8 @@ def _disturbed(options: argparse.Namespace, words: list[str]) -> dict:
         "seed": options.seed, "disturbed": 0, "happened": Counter(), "again_most": 0,
         "updates_a_training": len(made), "finished": 0, "wrong": [],
     }  # fmt: skip
-    while counts["disturbed"] < options.times:
-        parts = options.work / f"parts{counts['finished']}"
+    while counts["disturbed"] < options.times and len(counts["wrong"]) < 20:
+        parts = folder / f"parts{counts['finished']}"
         last, damaged = 0, False
         while True:
             run = Run(words, parts)

@@ -56,6 +56,18 @@ def test_a_full_disk_costs_nothing_but_time(exp, tmp_path):
     assert counts["happened"] == {"disk full": 2} and counts["wrong"] == []
 
 
+def test_what_checkpoints_cost_is_measured(exp, tmp_path):
+    argv = [sys.executable, "tools/bench/checkpoints.py", str(exp), "--repeat", "4"]
+    argv += ["--json", str(tmp_path / "figures.json")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert 0 < found["s to go on"] < found["s to the first update"]
+    assert found["s of a save"] > 0 and found["MB of a checkpoint"] > 0.01
+    assert f"s of a save: {found['s of a save']:.3g}" in done.stdout
+
+
 @pytest.fixture
 def pair(tmp_path):
     """Two folders of finished trainings that are alike, with their logs."""
