@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   ./run.sh --method all --seed 1,2,3                    the whole table, three seeds
   ./run.sh --method slimipl --stage train --stop_stage measure --ngpu 1
   ./run.sh --method all --dry_run                       print every command, do nothing
+  ./run.sh --cmd slurm --slurm_opts '--time 2:00:00 -A lab'   in Slurm; again: finds its jobs
 """
 
 
@@ -46,7 +47,8 @@ def _main(argv: Sequence[str], afterwards: contextlib.ExitStack) -> int:
     args = _parse(argv)
     recipe = config.load_recipe()
     calls = [_call(own, recipe, afterwards) for own in _models(args, recipe)]
-    launch.backend(args.cmd)  # refused now, not after the first stage
+    # Refused now, not after the first stage.
+    launch.backend(args.cmd, args.slurm_opts, args.dry_run)
     print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['./run.sh', *argv])}", flush=True)
     plans = [_plan(call, recipe) for call in calls]  # mistakes are told before work on any
     for call, plan in zip(calls, plans):
@@ -138,7 +140,8 @@ def _stages(call: _Call, plan: stages.Plan) -> None:
             print("nothing to do")
         inits = {*needed} - _with_phases(call.chosen, runs)
         force = {job.name for job in jobs if args.force and _redone(job, inits)}
-        launch.run(jobs, args.cmd, args.nj, args.dry_run, force, [args.expdir, Path("log")])
+        history = [args.expdir, Path("log")]
+        launch.run(jobs, args.cmd, args.nj, args.dry_run, force, history, args.slurm_opts)
         if stage is stages.measure and not args.dry_run:
             table = stages.results(plan)
             print(table.read_text(encoding="utf-8").partition(f"\n## {report.DETAILS}")[0])
@@ -176,6 +179,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--ngpu", type=int, default=0, help="GPUs of a training; 0 is the CPU (0)")
     add("--nj", type=int, default=min(cores, 4), help=f"jobs at a time ({min(cores, 4)})")
     add("--cmd", default=_backend(), help="local or slurm (cmd.sh)")
+    add("--slurm_opts", default="", help="more for sbatch, after conf/slurm.conf: '--time 2:00:00'")
     add("--asr_config", type=Path, default=config.ASR, help=f"the model ({config.ASR})")
     add("--expdir", type=Path, help="experiments (exp; exp_NAME with --asr_config conf/NAME.yaml)")
     add("--teacher_mode", choices=("stored", "online"), help="of runs that are taught (their yaml)")

@@ -20,7 +20,10 @@ class Job:
         name: unique; shown to the user, its first words say which jobs take similar time.
         argv: the command; ``python3`` is replaced by the running interpreter.
         log: the file that receives all output; the marker lies beside it.
-        gpus: how many it needs.
+        gpus: how many it needs, on each node.
+        cpus: how many each of its processes needs.
+        nodes: how many machines it needs; more than one, or several ``tasks``, only in Slurm.
+        tasks: processes on each node, all of the same command; SLURM_PROCID tells them apart.
         inputs: files whose content the result depends on.
         outputs: files that exist when it has succeeded.
         env: added to the environment.
@@ -40,6 +43,9 @@ class Job:
     resumes: Path | None = None
     here: bool = False
     regardless: tuple[str, ...] = ()
+    cpus: int = 1
+    nodes: int = 1
+    tasks: int = 1
 
     @property
     def marker(self) -> Path:

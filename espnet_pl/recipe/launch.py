@@ -7,8 +7,9 @@ succeeded with the same command and the same content of its inputs (`markers`).
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from espnet_pl.recipe import local, markers, progress
 from espnet_pl.recipe.job import Job, LaunchError
@@ -19,12 +20,39 @@ POLL = 0.05  # seconds between two looks at the children
 GRACE = 60.0  # seconds a child may take to save its state when stopped
 
 
-def backend(cmd: str):
-    """Where jobs run: a class like `local.Task`, a job under way on this machine."""
+class Backend(NamedTuple):
+    """Where jobs run.
+
+    Args:
+        start: gives a job under way, like `local.Task`.
+        devices: the GPUs there are for jobs that want up to so many each.
+        text: what a user would type.
+    """
+
+    start: Callable
+    devices: Callable[[int], list[str]]
+    text: Callable[[Job], str]
+
+
+def backend(cmd: str, opts: str = "", dry_run: bool = False) -> Backend:
+    """Where jobs run.
+
+    Args:
+        cmd: ``local``, on this machine, or ``slurm``.
+        opts: more options of sbatch.
+        dry_run: whether it is enough that commands can be printed.
+    """
     if cmd == "local":
-        return local.Task
+        return Backend(local.Task, local.devices, Job.shell)
     if cmd == "slurm":
-        raise LaunchError("--cmd slurm: submitting to Slurm comes with a later release; use local")
+        try:
+            from espnet_pl.recipe import slurm
+        except ModuleNotFoundError as error:
+            raise LaunchError(f"--cmd slurm: no {error.name}; run tools/install.sh") from None
+        site = slurm.Site(opts)
+        if not dry_run:
+            site.refuse_without_slurm()
+        return Backend(site.start, site.devices, site.script)
     raise LaunchError(f"--cmd {cmd}: known are local and slurm (cmd_backend in cmd.sh)")
 
 
@@ -35,6 +63,7 @@ def run(
     dry_run: bool = False,
     force: Collection[str] = (),
     history: Iterable[Path] = (),
+    opts: str = "",
 ) -> list[str]:
     """Runs what is not up to date, up to ``nj`` jobs at a time; returns the names of what ran.
 
@@ -44,19 +73,20 @@ def run(
         dry_run: only print the commands.
         force: names of jobs to run although they are up to date.
         history: folders with markers of earlier jobs, to say how long similar ones took.
+        opts: more options of sbatch.
 
     Raises:
         LaunchError: a job could not run or failed; jobs that were running meanwhile have ended.
-        KeyboardInterrupt: stopped by a signal; the children have ended.
+        KeyboardInterrupt: stopped by a signal; the children have ended, but for those in Slurm.
     """
-    task = backend(cmd)
+    there = backend(cmd, opts, dry_run)
     if dry_run:
         for job in jobs:
-            print(f"# {job.name} -> {job.log}\n{job.shell()}")
+            print(f"# {job.name} -> {job.log}\n{there.text(job)}")
         return []
     needs = _needs(jobs)
     _refuse_foreign_checkpoints(jobs, needs, force)
-    devices = local.devices(max((job.gpus for job in jobs), default=0))
+    devices = there.devices(max((job.gpus for job in jobs), default=0))
     times, show = progress.Times(history), progress.Display()
     todo, running, done, ran, current = list(jobs), [], set(), [], []
     due = set(force)  # to be run, known since what they wait for was there: asking reads files
@@ -77,7 +107,7 @@ def run(
                     todo.remove(job)
                     own, devices[: job.gpus] = devices[: job.gpus], []
                     try:
-                        running.append(task(job, own, job.name in force, times, show))
+                        running.append(there.start(job, own, job.name in force, times, show))
                         ran.append(job.name)
                     except LaunchError as error:
                         failure = error
@@ -110,7 +140,13 @@ def run(
 
 
 def _stop(running: Sequence, signals: "_Signals", show: progress.Display) -> None:
-    """Ends the children, with time to save their state, and writes down that they were stopped."""
+    """Ends the children, with time to save their state, and writes down that they were stopped.
+
+    What Slurm has in its queue stays there.
+    """
+    for child in [child for child in running if child.survives]:
+        child.leave()
+    running = [child for child in running if not child.survives]
     if running:
         show.line(f"stopping {', '.join(child.job.name for child in running)} ...")
     for child in running:

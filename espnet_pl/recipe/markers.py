@@ -23,6 +23,8 @@ BIG = 64 * 2**20  # hashing more than this would make an idle run slow
 VOLATILE = ("--ngpu", "--nj")
 # Made by runs, after their commit.
 RESULTS = (":(top,exclude)*RESULTS.md", ":(top,exclude)docs/studies/data")
+# The state of a job that is in Slurm's hands, whatever it does there.
+SUBMITTED = "was submitted"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
