@@ -244,7 +244,8 @@ class Task:
         task.refuse_without_inputs(job)
         self.site, self.job, self.devices, self.show = site, job, list(devices), show
         self.final: Mapping | None = None  # the marker of its end
-        self.next, self.gone, self.last, self.cause = 0.0, 0.0, ("", ""), ""
+        self.next, self.gone = 0.0, 0.0  # the next look; since when Slurm says that it has ended
+        self.start, self.queued, self.cause = -1, False, ""  # what the user was told last
         before = markers.read(job.marker) or {}
         if alive := _alive(before):
             self._attach(before, forced, *alive)
@@ -321,7 +322,7 @@ class Task:
         """Asks Slurm, tells what has changed, and notes an end that the job could not note."""
         number = self.slurm.job_id
         info = self.slurm.get_info(mode="standard")
-        state, restart = info.get("State", "UNKNOWN"), own.get("restart", 0)
+        state = info.get("State", "UNKNOWN")
         if state in FINAL:
             self.gone = self.gone or time.monotonic()
             if time.monotonic() - self.gone < GRACE:
@@ -336,14 +337,13 @@ class Task:
             markers.write(self.job.marker, self.final)
             return
         self.gone = 0.0
-        start = f", start {restart + 1}" if restart else ""
-        if state != self.last[0] or (state == "RUNNING" and start != self.last[1]):
-            if state == "RUNNING":
-                node = info.get("NodeList", "")
-                self.show.line(f"{self.job.name}: runs on {node} (Slurm job {number}{start})")
-            elif state == "PENDING" and self.last[0] not in ("", "UNKNOWN"):
-                self.show.line(f"{self.job.name}: back in the queue (Slurm job {number})")
-            self.last = (state, start)
+        if own.get("restart", -1) > self.start:
+            self.start, self.queued = own["restart"], False
+            start = f", start {self.start + 1}" if self.start else ""
+            self.show.line(f"{self.job.name}: runs on {own['node']} (Slurm job {number}{start})")
+        elif state == "PENDING" and self.start >= 0 and not self.queued:
+            self.queued = True
+            self.show.line(f"{self.job.name}: back in the queue (Slurm job {number})")
         cause = info.get("Reason", "") if state == "PENDING" else ""
         if cause not in (*USUAL, self.cause):
             self.show.line(f"{self.job.name}: waits: {cause} (Slurm job {number})")

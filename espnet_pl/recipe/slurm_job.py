@@ -41,11 +41,13 @@ class Command:
         self.told = ""  # the signal that asked to stop
         for sign in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(sign, self._tell)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit would note every one
         self.id = os.environ["SLURM_JOB_ID"]
+        self.node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         record = self._claim()
         with self._log(record) as log:
-            where = f"Slurm job {self.id} on {socket.gethostname()}"
+            where = f"Slurm job {self.id} on {self.node}"
             begun = f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {where}, start {self.restart + 1}"
             log.write(f"{begun}: {self.job.shell()}\n".encode())
             log.flush()
@@ -65,7 +67,7 @@ class Command:
         if changed:
             self._fail(record, f"changed since it was submitted: {'; '.join(changed[:3])}")
         alone = own.pop("left", False) or self.restart == 0
-        own |= {"job": self.id, "restart": self.restart}
+        own |= {"job": self.id, "restart": self.restart, "node": self.node}
         record |= {"state": markers.SUBMITTED, "slurm": own}
         markers.write(self.job.marker, record)
         if not alone:
@@ -169,7 +171,7 @@ class Command:
         markers.write(self.job.marker, record)
         _say(f"stopped by {self.told or 'itself'}; back into the queue")
         back = ask("scontrol", "requeue", self.id)
-        if back.returncode:
+        if back.returncode > 0:  # else it did, perhaps so soon that it ended the one that asked
             says = back.stderr.strip()
             self._fail(record, f"stopped, and Slurm did not put it back: {says}", code)
         sys.exit(_status(code))

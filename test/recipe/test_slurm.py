@@ -1,0 +1,600 @@
+"""Jobs in a real Slurm of this machine: two nodes, fake GPUs, no accounting (tools/slurm_local.sh).
+
+Skipped where Slurm is not installed and cannot be; with ESPNET_PL_SLURM=required that is an error.
+"""
+
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from espnet_pl.recipe import launch, markers, slurm, slurm_job
+from espnet_pl.recipe.launch import Job, LaunchError
+
+ROOT = Path(__file__).parents[2]
+LOCAL = ROOT / "tools/slurm_local.sh"
+
+# A training in small: it counts, and on a signal saves and asks to be run again.
+TRAINING = """
+import os, pathlib, signal, sys, time
+state, told = pathlib.Path("run/checkpoint.pth"), []
+for sign in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(sign, lambda *_: told.append(1))
+step = int(state.read_text()) if state.exists() else 0
+print("from", step, flush=True)
+while step < int(sys.argv[1]):
+    time.sleep(0.1)
+    step += 1
+    if told:
+        state.write_text(str(step))
+        print("saved", step, flush=True)
+        sys.exit(75)
+pathlib.Path("run/done").write_text(str(step))
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A Slurm of its own for these tests."""
+    lost = [name for name in ("munged", "slurmctld", "slurmd") if not _program(name)]
+    if lost and os.environ.get("ESPNET_PL_SLURM") != "required":
+        pytest.skip(f"no {', '.join(lost)}: tools/slurm_local.sh install")
+    folder = Path(f"/tmp/slurm_test.{os.getpid()}")
+    env = {**os.environ, "SLURM_LOCAL_DIR": str(folder)}
+    started = subprocess.run([LOCAL, "start"], env=env, capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(folder / "etc/slurm.conf")
+    yield env
+    os.environ.pop("SLURM_CONF")
+    if before:
+        os.environ["SLURM_CONF"] = before
+    subprocess.run([LOCAL, "stop"], env=env, capture_output=True, check=True)
+    shutil.rmtree(folder)
+
+
+def _program(name):
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+@pytest.fixture(autouse=True)
+def recipe(tmp_path, monkeypatch):
+    """A folder with the recipes' own conf/slurm.conf."""
+    monkeypatch.chdir(tmp_path)
+    Path("conf").mkdir()
+    shutil.copy(ROOT / "egs/mini_alnum/pl1/conf/slurm.conf", "conf/slurm.conf")
+    Path("training.py").write_text(TRAINING)
+
+
+def shell(name, script, **more):
+    return Job(name, ("sh", "-c", script), Path(f"log/{name.replace(' ', '_')}.log"), **more)
+
+
+def training(steps, **more):
+    return Job(
+        "train run", ("python3", "training.py", str(steps)), Path("run/train.log"),
+        inputs=(Path("conf/slurm.conf"),), outputs=(Path("run/done"),),
+        resumes=Path("run/checkpoint.pth"), **more,
+    )  # fmt: skip
+
+
+def run(*jobs, opts="", **more):
+    return launch.run(jobs, "slurm", nj=8, opts=opts, **more)
+
+
+def command(*argv):
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+
+def number(job):
+    """The Slurm job of a job, once it has been submitted."""
+    return when(lambda: (markers.read(job.marker) or {}).get("slurm", {}).get("job"))
+
+
+def when(found, seconds=60):
+    """What a question answers, as soon as it does."""
+    end = time.monotonic() + seconds
+    while not (answer := found()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.2)
+    return answer
+
+
+def meanwhile(*steps):
+    """Does something in a thread while the driver waits; afterwards says what went wrong there."""
+    wrong = []
+
+    def body():
+        try:
+            for step in steps:
+                step()
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+
+    def done():
+        thread.join(60)
+        assert not thread.is_alive() and not wrong, wrong
+
+    return done
+
+
+def text(path):
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def state(id):
+    return command("squeue", "--noheader", "--states=all", "--jobs", id, "--format=%T").strip()
+
+
+# --- what needs no Slurm --------------------------------------------------------------------------
+
+
+def lines(job, conf=None, opts=""):
+    if conf is not None:
+        Path("conf/slurm.conf").write_text(conf)
+    return " ".join(slurm.Site(opts).lines(job))
+
+
+def test_needs_become_options():
+    plain = lines(shell("train a seed 1", "true"))
+    assert "--export=PATH" in plain and "-p cpu" in plain and "--job-name train_a_seed_1" in plain
+    assert "--output log/train_a_seed_1.log --open-mode append" in plain
+    assert "--requeue" in plain and "--signal=B:USR2@120" in plain
+    large = lines(shell("b", "true", gpus=2, nodes=3, tasks=4, cpus=5))
+    for option in ("-p gpu --gres=gpu:2", "--nodes 3", "--cpus-per-task 5", "--ntasks-per-node 4"):
+        assert option in large, option
+
+
+def test_a_file_of_a_site_is_understood():
+    conf = (
+        "# ours\ncommand mysbatch --export=ALL --no-requeue\noption time=* --time $0 # a comment\n"
+        "default time=4:00:00\noption gpu=1 -p small --gres=gpu:1\noption gpu=* -p large -G $0\n"
+        "command  mysbatch --export=ALL --no-requeue --signal=B:USR2@300\n"
+    )
+    one, eight = shell("a", "true", gpus=1), shell("a", "true", gpus=8)
+    assert slurm.parse(_written(conf))[0][0] == "mysbatch"
+    assert "-p small --gres=gpu:1" in lines(one) and "-p large -G 8" in lines(eight)
+    assert "--time 4:00:00" in lines(one)
+    assert "--requeue" not in lines(one).split() and "USR2@120" not in lines(one)
+    ours = lines(one, opts="--time 0:10:00 -A 'my lab'")
+    assert ours.index("--time 0:10:00 -A 'my lab'") > ours.index("--time 4:00:00")
+
+
+def _written(conf):
+    Path("conf/slurm.conf").write_text(conf)
+    return Path("conf/slurm.conf")
+
+
+@pytest.mark.parametrize(
+    "conf, message",
+    [
+        ("command sbatch\nopton gpu=0\n", r"conf/slurm.conf:2: not understood: opton gpu=0"),
+        ("option gpu=0\n", r"a needs gpu=1, and conf/slurm.conf .* add 'option gpu=\* ... \$0'"),
+        ("default mem=2G\noption gpu=*\n", "a needs mem=2G"),
+        (None, "no conf/slurm.conf; copy it from another recipe"),
+    ],
+)
+def test_a_file_that_does_not_say_enough_is_refused(conf, message):
+    Path("conf/slurm.conf").unlink()
+    with pytest.raises(LaunchError, match=message):
+        lines(shell("a", "true", gpus=1), conf)
+
+
+def test_a_machine_without_slurm_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LaunchError, match="no sbatch and no squeue here"):
+        run(shell("a", "true"))
+    assert not Path("log").exists()
+
+
+def test_many_nodes_are_for_slurm():
+    with pytest.raises(LaunchError, match="2 nodes x 1 tasks: --cmd slurm"):
+        launch.run([shell("a", "true", nodes=2)])
+
+
+def answers(monkeypatch, **said):
+    """In place of Slurm's programs; None: it fails, as sacct does without accounting."""
+
+    def ask(program, *_):
+        answer = said.get(program)
+        return subprocess.CompletedProcess([], int(answer is None), answer or "", "")
+
+    monkeypatch.setattr(slurm_job, "ask", ask)
+
+
+def watched(number):
+    watcher = slurm.Watcher()
+    for _ in range(slurm.MISSED):
+        found = watcher.get_info(number, mode="force").get("State")
+        time.sleep(0.01)  # two questions within a millisecond are one
+    return found, watcher.is_done(number, mode="cache")
+
+
+HEAD = "JOBID|STATE|NODELIST|REASON\n"
+
+
+@pytest.mark.parametrize(
+    "squeue, sacct, expected",
+    [
+        (f"{HEAD}7|RUNNING|n1|None\n", None, ("RUNNING", False)),
+        (f"{HEAD}7|CONFIGURING|n1|None\n", None, ("CONFIGURING", False)),
+        (f"{HEAD}7|REQUEUE_HOLD||job requeued in held state\n", None, ("REQUEUE_HOLD", False)),
+        (f"{HEAD}7|CANCELLED|n1|None\n", None, ("CANCELLED", True)),
+        (HEAD, None, ("VANISHED", True)),
+        (HEAD, "JobID|State|NodeList\n", ("VANISHED", True)),
+        (HEAD, "JobID|State|NodeList\n7|CANCELLED by 1000|n1\n", ("CANCELLED", True)),
+        (None, None, (None, False)),  # slurmctld does not answer: nothing is known, nothing is over
+    ],
+)
+def test_states_without_and_with_accounting(monkeypatch, squeue, sacct, expected):
+    answers(monkeypatch, squeue=squeue, sacct=sacct)
+    assert watched("7") == expected
+
+
+def submitted(job, /, **own):
+    """The marker of a job as its submission leaves it."""
+    fields = {
+        "name": job.name,
+        "fingerprint": markers.fingerprint(job),
+        "wall_s": 0.0,
+        "cpu_s": 0.0,
+    }
+    record = {**fields, "state": markers.SUBMITTED, "slurm": {"folder": "folder", **own}}
+    markers.write(job.marker, record)
+    return record
+
+
+def start(job, restart=0):
+    """The process that Slurm would start for a job."""
+    code = (
+        "import pickle, sys; from espnet_pl.recipe import slurm_job; slurm_job.FENCE = 1.0\n"
+        "pickle.load(sys.stdin.buffer)()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7", "PATH": os.defpath}
+    env["SLURM_RESTART_COUNT"] = str(restart)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdin.write(pickle.dumps(slurm_job.Command(job, "folder")))
+    process.stdin.close()
+    return process
+
+
+def test_a_copy_on_a_lost_node_ends_when_another_has_started():
+    job = shell("a", "echo $$ > pid; while :; do echo x >> written; sleep 0.1; done")
+    submitted(job)
+    first = start(job)
+    pid = int(when(lambda: text("pid").strip()))
+    submitted(job, restart=1)  # as the second copy says, somewhere else
+    assert first.wait(20) == 0
+    assert "another copy has taken over" in first.stdout.read().decode()
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    size = Path("written").stat().st_size
+    time.sleep(0.5)
+    assert Path("written").stat().st_size == size
+    assert markers.read(job.marker)["slurm"]["restart"] == 1
+
+
+def test_a_second_copy_waits_for_the_first_to_see_it():
+    """Both on one machine, as after the loss of slurmd alone."""
+    job = shell("a", "echo start >> starts; test $(wc -l < starts) = 2 || sleep 60")
+    submitted(job)
+    first = start(job)
+    when(lambda: text("starts"))
+    second = start(job, restart=1)
+    assert (first.wait(30), second.wait(30)) == (0, 0)
+    assert text("starts") == "start\nstart\n"
+    assert markers.read(job.marker)["state"] == "done" and not job.why()
+
+
+def test_an_older_start_and_an_older_submission_do_not_begin():
+    job = shell("a", "touch x")
+    submitted(job, restart=2)
+    assert start(job, restart=1).wait(20) == 0
+    record = submitted(job)
+    markers.write(job.marker, {**record, "slurm": {"folder": "newer"}})
+    assert start(job).wait(20) == 0
+    assert not Path("x").exists()
+
+
+def test_what_changed_in_the_queue_is_not_run():
+    Path("conf.yaml").write_text("a: 1\n")
+    job = shell("a", "touch x", inputs=(Path("conf.yaml"),))
+    submitted(job)
+    Path("conf.yaml").write_text("a: 2\n")
+    assert start(job).wait(20) == 1
+    assert "conf.yaml: a: 1 -> 2" in markers.read(job.marker)["reason"] and not Path("x").exists()
+
+
+def test_this_machine_leaves_alone_what_slurm_may_still_do(monkeypatch):
+    job = shell("a", "touch x")
+    submitted(job, job="7")
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    with pytest.raises(LaunchError, match=r"no squeue here to ask(.|\n)*rm log/a.job.json"):
+        launch.run([job])
+
+
+def test_dry_run_touches_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # a machine without Slurm can print
+    before = sorted(Path(".").rglob("*"))
+    assert run(training(3), shell("b", "true", here=True), dry_run=True) == []
+    assert sorted(Path(".").rglob("*")) == before
+    out = capsys.readouterr().out
+    assert "#SBATCH --signal=B:USR2@120" in out and "exec python3 training.py 3" in out
+    assert out.endswith("# b -> log/b.log\nsh -c true\n")
+    assert str(Path.cwd()) not in out and sys.executable not in out
+
+
+# --- in Slurm -------------------------------------------------------------------------------------
+
+
+def test_files_give_the_order_and_the_rest_runs_side_by_side(cluster, capsys):
+    """Two jobs wait for each other: one at a time would never end."""
+    script = "touch {0}; for i in $(seq 300); do test -e {1} && exit 0; sleep 0.1; done; exit 1"
+    jobs = [
+        shell("a", script.format("a", "b"), outputs=(Path("a"),)),
+        shell("b", script.format("b", "a"), outputs=(Path("b"),)),
+        shell("c", 'test -e a && echo "$word $SLURM_JOB_ID" > c', inputs=(Path("a"),),
+              outputs=(Path("c"),), env={"word": "two words"}),
+        shell("here", "echo ${SLURM_JOB_ID:-none} > d", inputs=(Path("c"),), here=True,
+              outputs=(Path("d"),)),
+    ]  # fmt: skip
+    names = run(*jobs)
+    assert sorted(names[:2]) == ["a", "b"] and names[2:] == ["c", "here"]
+    marker = markers.read(jobs[2].marker)
+    id = marker["slurm"]["job"]
+    assert text("c") == f"two words {id}\n" and text("d") == "none\n"
+    assert marker["wall_s"] > 0 and marker["environment"]["python"] and marker["state"] == "done"
+    out = capsys.readouterr().out
+    assert f"c: Slurm job {id}, log log/c.log" in out
+    assert re.search(rf"c: done in .*, Slurm job {id}\n", out)
+    assert not Path("log/c.slurm").exists()  # what submitting needed
+    # It is done for either backend.
+    assert run(*jobs) == [] and launch.run(jobs) == []
+
+
+def test_a_failure_shows_the_end_of_the_log_and_the_command(cluster):
+    job = shell("train a", "seq 100; echo oops >&2; exit 3", env={"x": "1 2"})
+    with pytest.raises(LaunchError) as error:
+        run(job)
+    shown, id = str(error.value), markers.read(job.marker)["slurm"]["job"]
+    assert f"exit code 3 (Slurm job {id})" in shown and "oops" in shown and "    100\n" in shown
+    assert "x='1 2' sh -c 'seq 100; echo oops >&2; exit 3'" in shown
+    when(lambda: state(id) == "FAILED")
+    assert "ExitCode=3:0" in command("scontrol", "show", "job", id)
+    killed = shell("b", "kill -9 $$")
+    with pytest.raises(LaunchError, match=r"killed by SIGKILL \(out of memory\?\)"):
+        run(killed)
+    with pytest.raises(LaunchError, match="did not write no.txt"):
+        run(shell("c", "true", outputs=(Path("no.txt"),)))
+    assert job.why() == ["it failed before"]
+
+
+def test_what_sbatch_refuses_is_told(cluster):
+    job = shell("a", "true")
+    with pytest.raises(
+        LaunchError, match=r"a: not submitted: (.|\n)*invalid partition(.|\n)*-p no"
+    ):
+        run(job, opts="-p nosuch")
+    assert run(job) == ["a"]
+
+
+def test_gpus_are_slurms(cluster):
+    jobs = [
+        shell(
+            f"g{n}", f"echo $CUDA_VISIBLE_DEVICES > {n}; sleep 1", gpus=n, outputs=(Path(f"{n}"),)
+        )
+        for n in (1, 2)
+    ]
+    run(*jobs)
+    assert text("2") == "0,1\n" and text("1").strip() in ("0", "1")
+
+
+def test_two_nodes_with_two_processes_each(cluster):
+    """torch's own collective over gloo, as a training would use it."""
+    Path("ranks.py").write_text(
+        "import os, torch, torch.distributed as dist\n"
+        "rank, size = (int(os.environ[f'SLURM_{n}']) for n in ('PROCID', 'NTASKS'))\n"
+        "dist.init_process_group('gloo', 'file://' + os.path.abspath('meet'), rank=rank,"
+        " world_size=size)\n"
+        "x = torch.tensor([rank + 1.0]); dist.all_reduce(x)\n"
+        "open(f'sum.{rank}', 'w').write(f'{x.item()} {os.environ[\"SLURMD_NODENAME\"]}')\n"
+        "dist.barrier(); dist.destroy_process_group()\n"
+    )
+    job = Job("train ranks", ("python3", "ranks.py"), Path("log/r.log"), nodes=2, tasks=2)
+    assert run(job) == ["train ranks"]
+    found = [text(f"sum.{rank}").split() for rank in range(4)]
+    assert [total for total, _ in found] == ["10.0"] * 4
+    assert sorted(node for _, node in found) == ["n1", "n1", "n2", "n2"]
+    bad = Job("bad", ("sh", "-c", "exit $SLURM_PROCID"), Path("log/b.log"), nodes=2, tasks=2)
+    with pytest.raises(LaunchError, match="exit code 3"):
+        run(bad)
+
+
+def test_ranks_are_told_to_save_and_come_back(cluster):
+    Path("rank.py").write_text(
+        TRAINING.replace("run/", "run/'+os.environ['SLURM_PROCID']+'").replace('"', "'")
+    )
+    job = Job(
+        "train ranks", ("python3", "rank.py", "50"), Path("run/train.log"), nodes=2, tasks=2,
+        resumes=Path("run/0checkpoint.pth"),
+    )  # fmt: skip
+    done = meanwhile(
+        lambda: when(lambda: text(job.log).count("from 0") == 4),
+        lambda: time.sleep(1),
+        lambda: command("scancel", "--batch", "--signal=USR2", number(job)),
+    )
+    assert run(job) == ["train ranks"]
+    done()
+    assert [text(f"run/{rank}done") for rank in range(4)] == ["50"] * 4
+    assert text(job.log).count("saved") == 4 and text(job.log).count("from 0") == 4
+
+
+def test_a_training_that_is_told_saves_and_goes_on(cluster, capsys):
+    """The notice before preemption or the time limit: to the batch script only."""
+    job = training(60)
+    done = meanwhile(
+        lambda: when(lambda: "from 0" in text(job.log)),
+        lambda: time.sleep(1),
+        lambda: command("scancel", "--batch", "--signal=USR2", number(job)),
+    )
+    assert run(job) == ["train run"]
+    done()
+    log = text(job.log)
+    saved = int(re.search(r"saved (\d+)", log)[1])
+    assert 0 < saved < 60 and f"from {saved}\n" in log  # appended to what the first start wrote
+    assert "start 1" in log and "start 2" in log and text("run/done") == "60"
+    marker = markers.read(job.marker)
+    assert marker["state"] == "done" and marker["slurm"]["restart"] == 1
+    assert marker["wall_s"] > 6  # of both starts
+    assert "runs on n" in (out := capsys.readouterr().out) and "start 2)" in out
+
+
+def test_what_cannot_save_is_not_disturbed_by_the_notice(cluster):
+    job = shell("infer a", "trap 'exit 9' TERM USR2; touch up; sleep 3; echo whole > out")
+    done = meanwhile(
+        lambda: when(lambda: Path("up").exists()),
+        lambda: command("scancel", "--batch", "--signal=USR2", number(job)),
+    )
+    assert run(job) == ["infer a"]
+    done()
+    assert text("out") == "whole\n" and "it goes on to the end" in text(job.log)
+
+
+def test_a_cancelled_job_is_told_and_does_not_come_back(cluster):
+    job = training(600)
+    done = meanwhile(
+        lambda: when(lambda: "from 0" in text(job.log)),
+        lambda: time.sleep(1),
+        lambda: command("scancel", number(job)),
+    )
+    with pytest.raises(LaunchError, match=r"cancelled. The same command continues it \(Slurm job"):
+        run(job)
+    done()
+    id = markers.read(job.marker)["slurm"]["job"]
+    assert state(id) == "CANCELLED" and job.why() == ["it failed before"]
+    log = text(job.log)
+    assert "saved" in log and "start 2" not in log
+    assert "Restarts=0" in command("scontrol", "show", "job", id)
+
+
+def test_a_job_moves_off_a_node_that_fails(cluster):
+    job = training(80)
+
+    def fail():
+        when(lambda: "from 0" in text(job.log))
+        time.sleep(1)
+        node = markers.read(job.marker)["slurm"]["node"]
+        command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    done = meanwhile(fail)
+    assert run(job) == ["train run"]
+    done()
+    assert text("run/done") == "80" and "start 2" in text(job.log)
+    assert markers.read(job.marker)["slurm"]["restart"] == 1
+
+
+def test_a_preempted_job_comes_back(cluster):
+    """By the cluster itself, which takes a lower partition's nodes for a higher one's job."""
+    job = training(200)
+
+    def preempt():
+        when(lambda: "from 0" in text(job.log))
+        command("sbatch", "-p", "gpu", "--exclusive", "-N2", "-o", "other", "--wrap", "sleep 1")
+
+    done = meanwhile(preempt)
+    assert run(job, opts="-p low --exclusive") == ["train run"]
+    done()
+    assert markers.read(job.marker)["slurm"]["restart"] == 1 and text("run/done") == "200"
+
+
+def test_time_limits(cluster):
+    """One that can save goes on in another turn; one that cannot fails, and it is told why."""
+    saves = training(1000)
+    whole = shell("infer whole", "sleep 300")
+    # The first turn ends at the notice; what is left takes some seconds.
+    done = meanwhile(
+        lambda: when(lambda: "saved" in text(saves.log), 120),
+        lambda: Path("run/checkpoint.pth").write_text("980"),
+    )
+    why = r"infer whole failed .*: time limit; more time: --slurm_opts '--time"
+    with pytest.raises(LaunchError, match=why):
+        run(saves, whole, opts="--time 1 --signal=B:USR2@20")
+    done()
+    assert text("run/done") == "1000" and markers.read(saves.marker)["slurm"]["restart"] == 1
+    assert "start 2" in text(saves.log) and "start 2" not in text(whole.log)
+
+
+def test_stopping_the_driver_leaves_the_job_and_the_same_command_finds_it(cluster, capsys):
+    job = shell(
+        "train a", "touch up; while ! test -e end; do sleep 0.1; done", outputs=(Path("up"),)
+    )
+
+    def stop():
+        when(lambda: Path("up").exists())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    done = meanwhile(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(job)
+    done()
+    id, out = number(job), capsys.readouterr().out
+    assert state(id) == "RUNNING"
+    assert f"scancel {id}" in out and "tail -f log/train_a.log" in out
+    with pytest.raises(LaunchError, match=rf"train a is Slurm job {id} \(RUNNING\): scancel {id}"):
+        launch.run([job])  # on this machine
+    with pytest.raises(LaunchError, match=f"scancel {id}, and wait"):
+        run(job, force={"train a"})
+    other = shell("train a", "touch up; true", outputs=(Path("up"),))
+    with pytest.raises(LaunchError, match=f"Slurm job {id} is of another configuration"):
+        run(other)
+    done = meanwhile(lambda: time.sleep(2), lambda: Path("end").touch())
+    assert run(job) == ["train a"]
+    done()
+    assert f"train a: found Slurm job {id} (RUNNING)" in capsys.readouterr().out
+    assert command("squeue", "--noheader", "--states=all", "--name=train_a").count("train_a") == 1
+    assert run(job) == []
+
+
+def test_a_job_that_ended_without_a_driver_is_done(cluster):
+    job = shell("a", "sleep 3; touch out", outputs=(Path("out"),))
+
+    def stop():
+        when(lambda: Path("log/a.slurm").exists() and [*Path("log/a.slurm").glob("*/id")])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    done = meanwhile(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(job)
+    done()
+    when(lambda: markers.read(job.marker)["state"] == "done")
+    assert run(job) == [] and launch.run([job]) == []
+
+
+def test_a_job_that_slurm_has_forgotten_is_submitted_again(cluster):
+    job = shell("a", "touch out", outputs=(Path("out"),))
+    submitted(job, job="999999")
+    assert run(job) == ["a"]
+    assert markers.read(job.marker)["slurm"]["job"] != "999999" and Path("out").exists()
+
+
+def test_a_printed_script_can_be_submitted(cluster, capsys, monkeypatch):
+    monkeypatch.setenv("local_data_opts", "--seed '1 2'")
+    Path("path.sh").write_text("export from_path=here\n")
+    script = 'echo "$from_path $local_data_opts $x" > out'
+    run(shell("train a", script, env={"x": "it's"}, resumes=Path("c.pth")), dry_run=True)
+    capsys_out = capsys.readouterr().out
+    assert "Submitted batch job" in command("bash", "-c", capsys_out)
+    assert when(lambda: text("out")) == "here --seed '1 2' it's\n"
