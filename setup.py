@@ -21,6 +21,7 @@ setup(
         "rapidfuzz",
         "scikit-learn",
         "soundfile",
+        "submitit",
     ],  # fmt: skip
     extras_require={
         "espnet": [

@@ -126,6 +126,7 @@ def packages() -> Iterator[Check]:
     yield package("jiwer", "word error rates")
     yield package("scikit-learn", "clusters of frames")
     yield package("jaxtyping", "tensor shapes as annotations")
+    yield package("submitit", "submits jobs to Slurm (--cmd slurm)", required=False)
     yield package("espeakng-loader", "speaks the corpus of mini_alnum", required=False)
 
 

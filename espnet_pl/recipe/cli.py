@@ -177,7 +177,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--study", help="cells of conf/studies/STUDY.yaml; --method picks some: 'soft*,hard-1'")
     add("--seed", help="seeds, separated by commas (recipe.yaml: seeds)")
     add("--ngpu", type=int, default=0, help="GPUs of a training; 0 is the CPU (0)")
-    add("--nj", type=int, default=min(cores, 4), help=f"jobs at a time ({min(cores, 4)})")
+    add(
+        "--nj",
+        type=int,
+        default=min(cores, 4),
+        help=f"jobs at a time, or in the queue ({min(cores, 4)})",
+    )
     add("--cmd", default=_backend(), help="local or slurm (cmd.sh)")
     add("--slurm_opts", default="", help="more for sbatch, after conf/slurm.conf: '--time 2:00:00'")
     add("--asr_config", type=Path, default=config.ASR, help=f"the model ({config.ASR})")

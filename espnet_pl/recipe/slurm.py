@@ -330,7 +330,9 @@ class Task:
             info = self.slurm.get_info(mode="force")
             if info.get("State") not in FINAL:
                 return
-            why = WHY.get(info["State"], f"Slurm says {info['State']}").format(conf=self.site.conf)
+            why = WHY.get(
+                info["State"], f"Slurm says {info['State']}, and it left no result"
+            ).format(conf=self.site.conf)
             again = self.job.resumes and self.job.resumes.exists()
             why += ". The same command continues it" if again else ""
             self.final = {**found, "state": "failed", "reason": why}

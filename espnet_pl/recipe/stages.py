@@ -69,7 +69,9 @@ def create_dataset(plan: Plan) -> Iterator[Job]:
     argv += ["--rate", str(recipe.rate), "--nj", str(plan.nj), "--write_shapes"]
     shapes = tuple(path.with_name("speech_shape") for path in lists)
     log = Path("log/validate.log")
-    yield Job("validate", tuple(argv), log, inputs=lists + texts, outputs=shapes)
+    # More than a few processes wait for the disk; and not every cluster has nodes with more cores.
+    cpus = min(plan.nj, 8)
+    yield Job("validate", tuple(argv), log, inputs=lists + texts, outputs=shapes, cpus=cpus)
 
 
 def train_tokenizer(plan: Plan) -> Iterator[Job]:

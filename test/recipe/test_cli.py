@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("recipe")
         (["--stage", "train", "--stop_stage", "2"], "is after"),
         (["--seed", "one"], "--seed one: expected numbers"),
         (["--ngpu", "x"], "--ngpu: invalid int value"),
-        (["--cmd", "slurm"], "later release"),
+        (["--cmd", "slurm"], "no conf/slurm.conf"),
         (["--dry_run", "maybe"], "expected true or false"),
         (["extra"], "'extra' is not known"),
     ],
@@ -55,8 +55,12 @@ def test_both_spellings_names_and_numbers(capsys):
 
 def test_where_jobs_run_is_read_from_cmd_sh(capsys, monkeypatch):
     Path("cmd.sh").write_text("# a comment\nexport cmd_backend='slurm'\n")
-    assert call("--dry_run")[0] == 1 and "later release" in capsys.readouterr().err
+    assert call("--dry_run")[0] == 1 and "no conf/slurm.conf" in capsys.readouterr().err
+    Path("conf/slurm.conf").write_text("command sbatch --export=PATH\n")
+    assert call("--dry_run", "--slurm_opts", "--time 0:10:00")[0] == 0
+    assert "\n#SBATCH --time 0:10:00\n" in capsys.readouterr().out
     assert call("--dry_run", "--cmd", "local")[0] == 0
+    assert "#SBATCH" not in capsys.readouterr().out
 
 
 def test_help_is_quick_and_complete():

@@ -203,8 +203,8 @@ def test_dry_run_touches_nothing(capsys):
     assert "sh -c 'touch x'" in capsys.readouterr().out
 
 
-def test_slurm_is_refused_clearly():
-    with pytest.raises(LaunchError, match="later release"):
+def test_an_unknown_place_is_refused_clearly():
+    with pytest.raises(LaunchError, match="--cmd slurm: no conf/slurm.conf"):
         launch.run([shell("a", "touch x")], cmd="slurm")
     with pytest.raises(LaunchError, match="known are local and slurm"):
         launch.run([shell("a", "touch x")], cmd="sge")

@@ -326,6 +326,57 @@ def test_this_machine_leaves_alone_what_slurm_may_still_do(monkeypatch):
         launch.run([job])
 
 
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """In place of Slurm's programs on the compute node: the job runs, and can be put back."""
+    (tmp_path / "bin").mkdir()
+    for name, script in {"squeue": "echo RUNNING", "scontrol": 'echo "$@" >> asked'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setattr(os, "defpath", f"{tmp_path}/bin:{os.defpath}")
+
+
+def test_what_saves_nothing_is_not_put_back_for_ever(stand_ins):
+    """A time limit that is too short would keep the queue busy, and never come to an end."""
+    job = training(1000)
+    Path("training.py").write_text("print('up', flush=True); import time; time.sleep(60)\n")
+    submitted(job)
+    for turn in range(slurm_job.FRUITLESS + 1):
+        process = start(job, restart=turn)
+        when(lambda turn=turn: text(job.log).count("up") == turn + 1)
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    assert text("asked") == "requeue 7\n" * slurm_job.FRUITLESS
+    marker = markers.read(job.marker)
+    assert marker["state"] == "failed" and "before it had saved anything" in marker["reason"]
+
+
+def test_a_checkpoint_since_the_start_is_progress(stand_ins):
+    """Of a training that does not hear the signal, and saves at the end of an epoch."""
+    job = training(1000)
+    script = "echo 1 > run/checkpoint.pth; echo up; exec sleep 60"
+    job = Job(job.name, ("sh", "-c", script), job.log, resumes=job.resumes)
+    submitted(job)
+    for turn in range(slurm_job.FRUITLESS + 1):
+        process = start(job, restart=turn)
+        when(lambda turn=turn: text(job.log).count("up\n") == turn + 1)
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    assert text("asked") == "requeue 7\n" * (slurm_job.FRUITLESS + 1)
+    assert markers.read(job.marker)["state"] == markers.SUBMITTED
+
+
+def test_a_cluster_that_puts_nothing_back_is_told_of(stand_ins, tmp_path):
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\necho disabled >&2; exit 1\n")
+    job = training(1000)
+    submitted(job)
+    process = start(job)
+    when(lambda: "from 0" in text(job.log))
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == slurm_job.AGAIN
+    assert "did not put it back: disabled" in markers.read(job.marker)["reason"]
+
+
 def test_dry_run_touches_nothing(capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")  # a machine without Slurm can print
     before = sorted(Path(".").rglob("*"))
@@ -389,6 +440,19 @@ def test_what_sbatch_refuses_is_told(cluster):
     ):
         run(job, opts="-p nosuch")
     assert run(job) == ["a"]
+
+
+def test_a_reason_to_wait_is_told(cluster, capsys):
+    job = shell("a", "true")
+    seen = []
+
+    def release():
+        when(lambda: seen.append(capsys.readouterr().out) or "waits: JobHeldUser" in "".join(seen))
+        command("scontrol", "release", re.search(r"Slurm job (\d+)", "".join(seen))[1])
+
+    done = meanwhile(release)
+    assert run(job, opts="--hold") == ["a"]
+    done()
 
 
 def test_gpus_are_slurms(cluster):
