@@ -228,7 +228,8 @@ def test_time_is_written_down_and_told(capsys):
     marker = markers.read(Path("exp/a/train.job.json"))
     assert marker["cpu_s"] >= 0.3 and marker["wall_s"] >= 0.3
     launch.run([Job("train b", ("true",), Path("exp/b/train.log"))], history=[Path("exp")])
-    assert "train b: started, log exp/b/train.log, similar jobs took 0." in capsys.readouterr().out
+    took = f"similar jobs took {progress.duration(marker['wall_s'])}"
+    assert f"train b: started, log exp/b/train.log, {took}\n" in capsys.readouterr().out
 
 
 def test_epochs_are_told(capsys):

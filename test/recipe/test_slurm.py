@@ -41,19 +41,48 @@ pathlib.Path("run/done").write_text(str(step))
 """
 
 
+def limited():
+    """What reaches its time limit: a training, and a job that cannot save."""
+    return training(1000), shell("infer whole", "sleep 300")
+
+
+def limits():
+    """A driver of its own: time limits take minutes, in which the other tests run."""
+    _folder()
+    saves, whole = limited()
+    # The first turn ends at the notice; what is left takes some seconds.
+    meanwhile(
+        lambda: when(lambda: "saved" in text(saves.log), 120),
+        lambda: Path("run/checkpoint.pth").write_text("980"),
+    )
+    try:
+        run(saves, whole, opts="--time 1 --signal=B:USR2@20 --nodelist n3")
+    except LaunchError as error:
+        sys.exit(str(error))
+
+
 @pytest.fixture(scope="session")
-def cluster():
-    """A Slurm of its own for these tests."""
+def cluster(request, tmp_path_factory):
+    """A Slurm of its own for these tests: two nodes, and one for `limits`."""
     lost = [name for name in ("munged", "slurmctld", "slurmd") if not _program(name)]
     if lost and os.environ.get("ESPNET_PL_SLURM") != "required":
         pytest.skip(f"no {', '.join(lost)}: tools/slurm_local.sh install")
     folder = Path(f"/tmp/slurm_test.{os.getpid()}")
-    env = {**os.environ, "SLURM_LOCAL_DIR": str(folder)}
+    env = {**os.environ, "SLURM_LOCAL_DIR": str(folder), "SLURM_LOCAL_NODES": "3"}
     started = subprocess.run([LOCAL, "start"], env=env, capture_output=True, text=True)
     assert started.returncode == 0, started.stderr
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(folder / "etc/slurm.conf")
-    yield env
+    driver, cwd = None, tmp_path_factory.mktemp("limits")
+    if any(item.name == "test_time_limits" for item in request.session.items):
+        driver = subprocess.Popen(
+            [sys.executable, "-c", "from test.recipe import test_slurm; test_slurm.limits()"],
+            cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    yield driver, cwd
+    if driver and driver.poll() is None:
+        driver.kill()
     os.environ.pop("SLURM_CONF")
     if before:
         os.environ["SLURM_CONF"] = before
@@ -69,6 +98,10 @@ def _program(name):
 def recipe(tmp_path, monkeypatch):
     """A folder with the recipes' own conf/slurm.conf."""
     monkeypatch.chdir(tmp_path)
+    _folder()
+
+
+def _folder():
     Path("conf").mkdir()
     shutil.copy(ROOT / "egs/mini_alnum/pl1/conf/slurm.conf", "conf/slurm.conf")
     Path("training.py").write_text(TRAINING)
@@ -481,7 +514,7 @@ def test_two_nodes_with_two_processes_each(cluster):
     assert run(job) == ["train ranks"]
     found = [text(f"sum.{rank}").split() for rank in range(4)]
     assert [total for total, _ in found] == ["10.0"] * 4
-    assert sorted(node for _, node in found) == ["n1", "n1", "n2", "n2"]
+    assert len({found[0][1], found[2][1]}) == 2 and found[0][1] == found[1][1]
     bad = Job("bad", ("sh", "-c", "exit $SLURM_PROCID"), Path("log/b.log"), nodes=2, tasks=2)
     with pytest.raises(LaunchError, match="exit code 3"):
         run(bad)
@@ -571,12 +604,13 @@ def test_a_job_moves_off_a_node_that_fails(cluster):
 
 
 def test_a_preempted_job_comes_back(cluster):
-    """By the cluster itself, which takes a lower partition's nodes for a higher one's job."""
+    """By the cluster itself, which takes a lower partition's node for a higher one's job."""
     job = training(200)
 
     def preempt():
         when(lambda: "from 0" in text(job.log))
-        command("sbatch", "-p", "gpu", "--exclusive", "-N2", "-o", "other", "--wrap", "sleep 1")
+        node = markers.read(job.marker)["slurm"]["node"]
+        command("sbatch", "-p", "gpu", "--exclusive", "-w", node, "--wrap", "sleep 1")
 
     done = meanwhile(preempt)
     assert run(job, opts="-p low --exclusive") == ["train run"]
@@ -586,24 +620,20 @@ def test_a_preempted_job_comes_back(cluster):
 
 def test_time_limits(cluster):
     """One that can save goes on in another turn; one that cannot fails, and it is told why."""
-    saves = training(1000)
-    whole = shell("infer whole", "sleep 300")
-    # The first turn ends at the notice; what is left takes some seconds.
-    done = meanwhile(
-        lambda: when(lambda: "saved" in text(saves.log), 120),
-        lambda: Path("run/checkpoint.pth").write_text("980"),
-    )
-    why = r"infer whole failed .*: time limit; more time: --slurm_opts '--time"
-    with pytest.raises(LaunchError, match=why):
-        run(saves, whole, opts="--time 1 --signal=B:USR2@20")
-    done()
+    driver, folder = cluster
+    out, _ = driver.communicate(timeout=140)
+    os.chdir(folder)
+    saves, whole = limited()
+    assert driver.returncode == 1 and "infer_whole.log" in out
+    assert re.search(r"infer whole failed .*: time limit; more time: --slurm_opts '--time", out)
     assert text("run/done") == "1000" and markers.read(saves.marker)["slurm"]["restart"] == 1
     assert "start 2" in text(saves.log) and "start 2" not in text(whole.log)
+    assert whole.why() == ["it failed before"] and saves.why() == []
 
 
 def test_stopping_the_driver_leaves_the_job_and_the_same_command_finds_it(cluster, capsys):
     job = shell(
-        "train a", "touch up; while ! test -e end; do sleep 0.1; done", outputs=(Path("up"),)
+        "train left", "touch up; while ! test -e end; do sleep 0.1; done", outputs=(Path("up"),)
     )
 
     def stop():
@@ -616,19 +646,24 @@ def test_stopping_the_driver_leaves_the_job_and_the_same_command_finds_it(cluste
     done()
     id, out = number(job), capsys.readouterr().out
     assert state(id) == "RUNNING"
-    assert f"scancel {id}" in out and "tail -f log/train_a.log" in out
-    with pytest.raises(LaunchError, match=rf"train a is Slurm job {id} \(RUNNING\): scancel {id}"):
+    assert f"scancel {id}" in out and "tail -f log/train_left.log" in out
+    with pytest.raises(
+        LaunchError, match=rf"train left is Slurm job {id} \(RUNNING\): scancel {id}"
+    ):
         launch.run([job])  # on this machine
     with pytest.raises(LaunchError, match=f"scancel {id}, and wait"):
-        run(job, force={"train a"})
-    other = shell("train a", "touch up; true", outputs=(Path("up"),))
+        run(job, force={"train left"})
+    other = shell("train left", "touch up; true", outputs=(Path("up"),))
     with pytest.raises(LaunchError, match=f"Slurm job {id} is of another configuration"):
         run(other)
     done = meanwhile(lambda: time.sleep(2), lambda: Path("end").touch())
-    assert run(job) == ["train a"]
+    assert run(job) == ["train left"]
     done()
-    assert f"train a: found Slurm job {id} (RUNNING)" in capsys.readouterr().out
-    assert command("squeue", "--noheader", "--states=all", "--name=train_a").count("train_a") == 1
+    assert f"train left: found Slurm job {id} (RUNNING)" in capsys.readouterr().out
+    assert (
+        command("squeue", "--noheader", "--states=all", "--name=train_left").count("train_left")
+        == 1
+    )
     assert run(job) == []
 
 
