@@ -422,9 +422,8 @@ def _kept() -> Iterator[tuple[str, str]]:
     """Variables that local/data.sh knows; a site's --export need not mention them."""
     corpus = Path.cwd().parent.name.upper()
     for name, value in os.environ.items():
-        if name == "local_data_opts" or name.startswith("ESPNET_PL_"):
-            yield name, value
-        elif corpus and (name == corpus or name.startswith(f"{corpus}_")):
+        ours = name == "local_data_opts" or name.startswith(("ESPNET_PL_", f"{corpus}_"))
+        if (ours or name == corpus) and name.isidentifier():
             yield name, value
 
 

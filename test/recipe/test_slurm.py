@@ -660,10 +660,8 @@ def test_stopping_the_driver_leaves_the_job_and_the_same_command_finds_it(cluste
     assert run(job) == ["train left"]
     done()
     assert f"train left: found Slurm job {id} (RUNNING)" in capsys.readouterr().out
-    assert (
-        command("squeue", "--noheader", "--states=all", "--name=train_left").count("train_left")
-        == 1
-    )
+    known = command("squeue", "--noheader", "--states=all", "--name=train_left", "--format=%i")
+    assert known.split() == [id]
     assert run(job) == []
 
 
@@ -687,6 +685,32 @@ def test_a_job_that_slurm_has_forgotten_is_submitted_again(cluster):
     submitted(job, job="999999")
     assert run(job) == ["a"]
     assert markers.read(job.marker)["slurm"]["job"] != "999999" and Path("out").exists()
+
+
+def test_jobs_have_the_environment_of_the_recipe(cluster, monkeypatch):
+    """A clean one but for path.sh and what local/data.sh knows."""
+    Path("an4/pl1").mkdir(parents=True)
+    monkeypatch.chdir("an4/pl1")
+    _folder()
+    for name in ("local_data_opts", "ESPNET_PL_SHARED", "AN4_URL", "other"):
+        monkeypatch.setenv(name, f"it's {name}")
+    Path("path.sh").write_text("export from_path=here\n")
+    job = Job("a", ("sh", "-c", 'env > out; python3 -c "import espnet_pl"'), Path("log/a.log"))
+    assert run(job) == ["a"]
+    seen = dict(line.split("=", 1) for line in text("out").splitlines() if "=" in line)
+    assert seen["from_path"] == "here" and seen["local_data_opts"] == "it's local_data_opts"
+    assert seen["ESPNET_PL_SHARED"] == "it's ESPNET_PL_SHARED"
+    assert seen["AN4_URL"] == "it's AN4_URL" and "other" not in seen
+    assert seen["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_driver_may_run_in_a_job(cluster):
+    """On a login node that allows no long processes; Slurm's variables are not handed down."""
+    code = "from test.recipe import test_slurm as t; t.run(t.shell('a', 'env > out', cpus=2))"
+    script = f'PYTHONPATH={ROOT} {sys.executable} -c "{code}"'
+    command("sbatch", "--export=ALL", "--mem-per-cpu=50", "--output=driver", "--wrap", script)
+    seen = when(lambda: "done in" in text("driver") and text("out"))
+    assert "SLURM_CPUS_PER_TASK=2\n" in seen and "SLURM_MEM_PER_CPU=50\n" not in seen
 
 
 def test_a_printed_script_can_be_submitted(cluster, capsys, monkeypatch):
