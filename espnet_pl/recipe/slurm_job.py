@@ -5,6 +5,7 @@ that still runs.  So the marker names the submission and the start of it that ma
 copy ends.  A job that was stopped with its state saved asks Slurm to be put back into the queue.
 """
 
+import contextlib
 import os
 import shlex
 import signal
@@ -18,11 +19,11 @@ from typing import Any
 from espnet_pl.recipe import markers, task
 from espnet_pl.recipe.job import Job, LaunchError
 
-AGAIN = 75  # EX_TEMPFAIL, of a command that was told to stop: saved, run me again
 LOOK = 2.0  # seconds between two looks whether another copy has taken over
 FENCE = 10.0  # seconds an earlier copy, which did not say that it has left, gets to see that
 LOCK = 60.0  # seconds the log may be in use by one that dies
 FRUITLESS = 3  # times a job is put back that had saved nothing
+RUNS = ("RUNNING", "SIGNALING")  # states of a job that Slurm is not about to end
 
 
 class Command:
@@ -52,9 +53,9 @@ class Command:
             log.write(f"{begun}: {self.job.shell()}\n".encode())
             log.flush()
             record["environment"] = markers.environment()
-            began = time.time()
+            saved = self._saved()
             code = self._run(record, log)
-        self._end(record, code, began)
+        self._end(record, code, saved != self._saved())
 
     def _claim(self) -> dict[str, Any]:
         """The record, with this copy in it as the one that may write."""
@@ -121,7 +122,8 @@ class Command:
             if time.monotonic() > look:
                 look = time.monotonic() + LOOK
                 if not self._mine():
-                    os.killpg(self.process.pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.process.pid, signal.SIGKILL)
                     self._superseded()
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
         task.spend(record, time.monotonic() - began, usage)
@@ -136,13 +138,19 @@ class Command:
             _say("its time is nearly up, and it cannot be continued: it goes on to the end")
             return
         # srun ends its step at once when it is terminated; other signals it passes on.
-        self.process.send_signal(signal.SIGUSR2 if self._several else signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGUSR2 if self._several else signal.SIGTERM)
+
+    def _saved(self) -> int:
+        """When the checkpoint was written."""
+        there = self.job.resumes and self.job.resumes.exists()
+        return self.job.resumes.stat().st_mtime_ns if there else 0
 
     @property
     def _several(self) -> bool:
         return self.job.nodes * self.job.tasks > 1
 
-    def _end(self, record: dict, code: int, began: float) -> None:
+    def _end(self, record: dict, code: int, saved: bool) -> None:
         if not self._mine():
             self._superseded()
         reason = task.problem(self.job, code)
@@ -157,12 +165,9 @@ class Command:
             sys.exit(_status(code))
         ends = [-signal.SIGTERM, -signal.SIGUSR2]
         stopped = self.told and code in (*ends, *map(_status, ends))
-        if code != AGAIN and not stopped:
+        if not (stopped or (self.job.resumes and code == task.AGAIN)):
             self._fail(record, reason, code or 1)
         own = record["slurm"]
-        checkpoint = self.job.resumes
-        fresh = checkpoint and checkpoint.exists() and checkpoint.stat().st_mtime > began
-        saved = code == AGAIN or fresh
         own["fruitless"] = 0 if saved else own.get("fruitless", 0) + 1
         if own["fruitless"] > FRUITLESS:
             times = f"was stopped {own['fruitless']} times before it had saved anything"
@@ -180,7 +185,7 @@ class Command:
         """Whether a failure is the command's own, and not Slurm's taking the job away."""
         for _ in range(3):  # Slurm's signal reaches the child and this process in any order
             found = ask("squeue", "--noheader", "--jobs", self.id, "--format", "%T")
-            if found.returncode == 0 and found.stdout.strip() != "RUNNING":
+            if found.returncode == 0 and found.stdout.strip() not in RUNS:
                 return False
             if self.told or code >= 0:
                 break

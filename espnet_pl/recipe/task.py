@@ -14,6 +14,7 @@ from typing import Any
 from espnet_pl.recipe import markers
 from espnet_pl.recipe.job import Job, LaunchError
 
+AGAIN = 75  # EX_TEMPFAIL, of a training that was told to stop: saved, run me again
 # What a file system without locks answers.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -74,6 +75,8 @@ def problem(job: Job, code: int) -> str:
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}"
         return reason + (" (out of memory?)" if -code == signal.SIGKILL else "")
+    if code == AGAIN and job.resumes:
+        return "it was stopped, and has saved its state; the same command continues it"
     lost = [str(path) for path in job.outputs if not path.exists()]
     return f"exit code {code}" if code else f"did not write {', '.join(lost)}" if lost else ""
 

@@ -126,6 +126,14 @@ def test_a_stopped_child_may_save_its_state():
     assert Path("state").read_text() == "saved\n"
 
 
+def test_a_training_that_was_stopped_from_outside_says_that_it_has_saved():
+    job = shell("train a", "touch state; exit 75", resumes=Path("state"))
+    with pytest.raises(LaunchError, match="saved its state; the same command continues it"):
+        launch.run([job])
+    with pytest.raises(LaunchError, match="exit code 75"):
+        launch.run([shell("b", "exit 75")])
+
+
 def test_two_drivers_do_not_share_a_job():
     job = shell("a", "true")
     job.log.parent.mkdir()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from espnet_pl.recipe import launch, markers, slurm, slurm_job
+from espnet_pl.recipe import launch, markers, slurm, slurm_job, task
 from espnet_pl.recipe.launch import Job, LaunchError
 
 ROOT = Path(__file__).parents[2]
@@ -406,7 +406,7 @@ def test_a_cluster_that_puts_nothing_back_is_told_of(stand_ins, tmp_path):
     process = start(job)
     when(lambda: "from 0" in text(job.log))
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(20) == slurm_job.AGAIN
+    assert process.wait(20) == task.AGAIN
     assert "did not put it back: disabled" in markers.read(job.marker)["reason"]
 
 
@@ -430,7 +430,7 @@ def test_files_give_the_order_and_the_rest_runs_side_by_side(cluster, capsys):
     jobs = [
         shell("a", script.format("a", "b"), outputs=(Path("a"),)),
         shell("b", script.format("b", "a"), outputs=(Path("b"),)),
-        shell("c", 'test -e a && echo "$word $SLURM_JOB_ID" > c', inputs=(Path("a"),),
+        shell("c", 'sleep 0.2; test -e a && echo "$word $SLURM_JOB_ID" > c', inputs=(Path("a"),),
               outputs=(Path("c"),), env={"word": "two words"}),
         shell("here", "echo ${SLURM_JOB_ID:-none} > d", inputs=(Path("c"),), here=True,
               outputs=(Path("d"),)),
