@@ -206,7 +206,7 @@ def srun(job: Job) -> list[str]:
     """Starts the processes of a job, each with its SLURM_PROCID."""
     return [
         "srun", f"--nodes={job.nodes}", f"--ntasks-per-node={job.tasks}",
-        f"--cpus-per-task={job.cpus}", "--export=ALL", "--unbuffered",
+        f"--cpus-per-task={job.cpus}", "--export=ALL",  # output in whole lines, so not unbuffered
         "--wait=60",  # seconds the others get when one has ended: to save, not to hang
     ]  # fmt: skip
 

@@ -22,10 +22,13 @@ from espnet_pl.recipe.launch import Job, LaunchError
 ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "tools/slurm_local.sh"
 
-# A training in small: it counts, and on a signal saves and asks to be run again.
+# A training in small: it counts, and on a signal saves and asks to be run again.  Its helper, as a
+# worker that loads data, would be hurt by a signal.
 TRAINING = """
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, subprocess, sys, time
 state, told = pathlib.Path("run/checkpoint.pth"), []
+hurt = "trap 'touch run/hurt' TERM USR1 USR2; while kill -0 $PPID; do sleep 0.1; done"
+helper = subprocess.Popen(["sh", "-c", hurt])
 for sign in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(sign, lambda *_: told.append(1))
 step = int(state.read_text()) if state.exists() else 0
@@ -34,9 +37,11 @@ while step < int(sys.argv[1]):
     time.sleep(0.1)
     step += 1
     if told:
+        helper.kill()
         state.write_text(str(step))
         print("saved", step, flush=True)
         sys.exit(75)
+helper.kill()
 pathlib.Path("run/done").write_text(str(step))
 """
 
@@ -522,7 +527,9 @@ def test_two_nodes_with_two_processes_each(cluster):
 
 def test_ranks_are_told_to_save_and_come_back(cluster):
     Path("rank.py").write_text(
-        TRAINING.replace("run/", "run/'+os.environ['SLURM_PROCID']+'").replace('"', "'")
+        re.sub("(?m)^(hurt|helper).*|helper.kill.*", "", TRAINING)
+        .replace("run/", "run/'+os.environ['SLURM_PROCID']+'")
+        .replace('"', "'")
     )
     job = Job(
         "train ranks", ("python3", "rank.py", "50"), Path("run/train.log"), nodes=2, tasks=2,
@@ -540,7 +547,7 @@ def test_ranks_are_told_to_save_and_come_back(cluster):
 
 
 def test_a_training_that_is_told_saves_and_goes_on(cluster, capsys):
-    """The notice before preemption or the time limit: to the batch script only."""
+    """The notice before preemption or the time limit: not to what the training has started."""
     job = training(60)
     done = meanwhile(
         lambda: when(lambda: "from 0" in text(job.log)),
@@ -551,6 +558,7 @@ def test_a_training_that_is_told_saves_and_goes_on(cluster, capsys):
     done()
     log = text(job.log)
     saved = int(re.search(r"saved (\d+)", log)[1])
+    assert not Path("run/hurt").exists()
     assert 0 < saved < 60 and f"from {saved}\n" in log  # appended to what the first start wrote
     assert "start 1" in log and "start 2" in log and text("run/done") == "60"
     marker = markers.read(job.marker)
