@@ -162,8 +162,10 @@ class Watcher(SlurmInfoWatcher):
         """Asks; keeps what is known where there is no answer."""
         self._last_status_check, self._num_calls = time.time(), self._num_calls + 1
         wanted = self._registered - self._finished
+        if not wanted:
+            return
         found = slurm_job.ask("squeue", "--me", "--states=all", "--format=%i|%T|%N|%r")
-        if not wanted or found.returncode:
+        if found.returncode:
             return
         for line in found.stdout.splitlines()[1:]:
             number, state, nodes, reason = line.strip().split("|", 3)
