@@ -157,6 +157,7 @@ class Watcher(SlurmInfoWatcher):
     def __init__(self, delay_s: int = 20):
         super().__init__(delay_s)
         self.missed: dict[str, int] = {}
+        self.silence = ""  # why Slurm does not answer
 
     def update(self) -> None:
         """Asks; keeps what is known where there is no answer."""
@@ -165,7 +166,8 @@ class Watcher(SlurmInfoWatcher):
         if not wanted:
             return
         found = slurm_job.ask("squeue", "--me", "--states=all", "--format=%i|%T|%N|%r")
-        if found.returncode:
+        self.silence = (found.stderr.strip() or "it fails") if found.returncode else ""
+        if self.silence:
             return
         for line in found.stdout.splitlines()[1:]:
             number, state, nodes, reason = line.strip().split("|", 3)
@@ -349,6 +351,8 @@ class Task:
             self.queued = True
             self.show.line(f"{self.job.name}: back in the queue (Slurm job {number})")
         cause = info.get("Reason", "") if state == "PENDING" else ""
+        if silence := self.slurm.watcher.silence:
+            cause = f"squeue does not answer: {silence}"
         if cause not in (*USUAL, self.cause):
             self.show.line(f"{self.job.name}: waits: {cause} (Slurm job {number})")
             self.cause = cause

@@ -253,6 +253,7 @@ def answers(monkeypatch, **said):
 
 def watched(number):
     watcher = slurm.Watcher()
+    assert not watcher.silence
     for _ in range(slurm.MISSED):
         found = watcher.get_info(number, mode="force").get("State")
         time.sleep(0.01)  # two questions within a millisecond are one
@@ -278,6 +279,29 @@ HEAD = "JOBID|STATE|NODELIST|REASON\n"
 def test_states_without_and_with_accounting(monkeypatch, squeue, sacct, expected):
     answers(monkeypatch, squeue=squeue, sacct=sacct)
     assert watched("7") == expected
+
+
+def test_a_silent_slurm_is_told_of_and_waited_for(monkeypatch, capsys):
+    answers(monkeypatch, squeue=None)
+    job = shell("a", "true")
+    submitted(job, job="7")
+    job.log.touch()
+
+    seen = []
+
+    def shown():
+        seen.append(capsys.readouterr().out)
+        return "".join(seen)
+
+    def come_back():
+        when(lambda: "waits: squeue does not answer" in shown())
+        markers.write(job.marker, {**markers.read(job.marker), "state": "done"})
+
+    monkeypatch.setattr(slurm.Site, "refuse_without_slurm", lambda self: None)
+    done = meanwhile(come_back)
+    assert run(job) == ["a"]
+    done()
+    assert "found Slurm job 7 (UNKNOWN)" in shown()
 
 
 def submitted(job, /, **own):
