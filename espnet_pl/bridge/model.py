@@ -97,20 +97,20 @@ def attach(optimizer: torch.optim.Optimizer, model: PLModel) -> None:
     optimizer.register_load_state_dict_pre_hook(load)
 
 
-def _across_ranks(terms: dict[str, Term], count: int) -> tuple[dict[str, Term], int]:
+def _across_ranks(terms: dict[str, Term], count: float) -> tuple[dict[str, Term], float]:
     """Terms such that the trainer's average over ranks is each term's mean by its own count.
 
     The trainer averages losses and stats by the returned weight, and DDP averages
     gradients: with equal weights both are (1/R) Σ_r v_r, so rank r hands over
-    R · c_r · v_r / Σ_r c_r.
+    R · c_r · v_r / Σ_r c_r.  The weights of all ranks are together what one rank's would be.
     """
     if not several():
         return terms, count
-    counts = gather({name: term.count for name, term in terms.items()})
+    counts, sizes = zip(*gather(({name: term.count for name, term in terms.items()}, count)))
     nothing = torch.zeros((), device=next(t.value.device for t in terms.values() if t.weight))
     out = {}
     for name in sorted(set().union(*counts)):  # a rank may have nothing to say about a diagnostic
         term = terms.get(name, Term(nothing, 0.0, 0))
-        share = term.count * len(counts) / max(sum(of.get(name, 0) for of in counts), 1)
+        share = term.count * len(counts) / (sum(of.get(name, 0) for of in counts) or 1)
         out[name] = Term(term.value * share, term.weight, term.count)
-    return out, 1
+    return out, sum(sizes) / len(sizes)

@@ -15,6 +15,8 @@ only the abstract was read.
 Axes: n utterances, t frames, v vocabulary.  Unit: nats.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -32,11 +34,19 @@ def frame_entropy(log_p: Float[Tensor, "n t v"], frames: Int[Tensor, " n"]) -> F
     return torch.where(valid, entropy, 0.0).sum(1)
 
 
-def token_entropy(log_p: Float[Tensor, "n t v"], frames: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    """H of the mean distribution of all valid frames, in float32 at least; 0 without any frame."""
+def token_entropy(
+    log_p: Float[Tensor, "n t v"],
+    frames: Int[Tensor, " n"],
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Float[Tensor, ""]:
+    """H of the mean distribution of all valid frames, in float32 at least; 0 without any frame.
+
+    Args:
+        total: from a sum over these utterances to that over more, which others have.
+    """
     log_p, valid = _exact(log_p), _valid(log_p, frames)
-    total = torch.where(valid[:, :, None], log_p.exp(), 0.0).sum((0, 1))
-    mean = total / valid.sum().clamp(min=1)
+    said = torch.where(valid[:, :, None], log_p.exp(), 0.0).sum((0, 1))
+    mean = total(said) / total(valid.sum()).clamp(min=1)
     return -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
 
 

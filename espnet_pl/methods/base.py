@@ -72,12 +72,13 @@ class Term:
     """One summand of the objective, a mean over ``count`` utterances, or frames.
 
     Ranks of a distributed job average a term by its own count: rank r with mean v_r
-    over c_r utterances contributes c_r · v_r / Σ_r c_r.  Weight 0 is a diagnostic.
+    over c_r utterances contributes c_r · v_r / Σ_r c_r.  Of a weighted mean, the count is the sum
+    of the weights.  Weight 0 is a diagnostic.
     """
 
     value: Float[Tensor, ""]
     weight: float = 1.0
-    count: int = 1
+    count: float = 1
 
 
 def diagnostics(values: Mapping[str, float], count: int) -> dict[str, Term]:

@@ -54,6 +54,7 @@ from espnet_pl.losses.prediction import (
 from espnet_pl.methods import base
 from espnet_pl.parts.gradients import compare, gradients, weighed
 from espnet_pl.parts.hiding import Bins, hide_future, hide_spans
+from espnet_pl.parts.ranks import before, gather, mean_gradients, together
 from espnet_pl.parts.schedule import ramp
 
 
@@ -113,7 +114,7 @@ class Config:
 
 
 class Method(base.Method):
-    """Two losses of one encoder; on several GPUs ESPnet needs ``unused_parameters: true``."""
+    """Two losses of one encoder."""
 
     requires = frozenset({"features", "inputs"})
 
@@ -132,7 +133,7 @@ class Method(base.Method):
         self.size = size
         self.register_buffer("joint", torch.zeros((), dtype=torch.long))  # k, joint updates made
         self.both = self.measured = False  # whether the present update is joint, and is measured
-        self.supervised: Tensor | None = None  # the loss of its labelled half
+        self.supervised: base.Term | None = None  # its labelled half
 
     @classmethod
     def pairing(cls, config):
@@ -163,7 +164,7 @@ class Method(base.Method):
     def labelled(self, student, x):
         terms = super().labelled(student, x)
         loss = terms["supervised"]
-        self.supervised = loss.value
+        self.supervised = loss
         weight = self.config.upper_weight / max(1.0, self.gamma)
         return terms | {"supervised": base.Term(loss.value, weight, loss.count)}
 
@@ -173,24 +174,27 @@ class Method(base.Method):
         penalty = self.gamma / max(1.0, self.gamma) if self.both else 1.0
         # What goes back to the encoder is weighed; what the layers of the task learn is not.
         features = weighed(encoded, penalty)
-        found, rows = self.predict(features, frames, heard.inputs())
-        loss = per_utterance(found.loss, rows, len(x)).mean()
-        terms = {"unsupervised": base.Term(loss, self.config.lower_weight, len(x))}
+        found, rows, frames = self.predict(features, frames, heard.inputs())
+        loss = per_utterance(found.loss, rows, len(frames)).mean()
+        terms = {"unsupervised": base.Term(loss, self.config.lower_weight, len(frames))}
         numbers = {"frames_predicted": len(rows) / max(int(frames.sum()), 1)}
         if len(rows):
             numbers["frame_loss"] = float(found.loss.detach().mean())
             numbers["frame_chance"] = float(found.candidates.double().log().mean())
         if self.measured:
             of = [p for p in student.parameters() if p.requires_grad]
-            upper = gradients(self.supervised, of)
+            upper = gradients(self.supervised.value, of)
             lower = gradients(loss, of, through=(features, encoded))
+            upper = mean_gradients(upper, of, self.supervised.count)
+            lower = mean_gradients(lower, of, len(frames))
             numbers |= compare(upper, lower)._asdict()
         return terms | base.diagnostics(numbers, len(x))
 
     def predict(
         self, features: Float[Tensor, "n t d"], frames: Int[Tensor, " n"], given: base.Inputs
-    ) -> tuple[Predicted, Int[Tensor, " k"]]:
-        """The loss of each frame that is predicted, and the utterance it is of.
+    ) -> tuple[Predicted, Int[Tensor, " k"], Int[Tensor, " m"]]:
+        """The loss of each frame that is predicted, the utterance it is of, and the valid frames of
+        each utterance; where those of the batch are told apart, the batch is that of all ranks.
 
         Args:
             features: of the encoder, which has heard what was not hidden.
@@ -201,10 +205,16 @@ class Method(base.Method):
         targets = bins.mean(given.features)
         if self.embedding is None:
             codes = code_of(standardised(targets, frames), self.directions, self.book)
-            return of_codes(made, codes[rows, places]), rows
+            return of_codes(made, codes[rows, places]), rows, frames
         embedded = self.embedding(targets.to(self.embedding.weight.dtype))
         how = {"negatives": self.config.negatives, "temperature": self.config.temperature}
-        return info_nce(made, rows, places, embedded, frames, **how), rows
+        if self.config.negatives == "batch":
+            rows = rows + before(len(frames))
+            most = max(gather(embedded.shape[1]))
+            embedded = nn.functional.pad(embedded, (0, 0, 0, most - embedded.shape[1]))
+            several = (made, rows, places, embedded, frames)
+            made, rows, places, embedded, frames = map(together, several)
+        return info_nce(made, rows, places, embedded, frames, **how), rows, frames
 
     def _predictions(
         self, features: Float[Tensor, "n t d"], hidden: Bool[Tensor, "n t"]

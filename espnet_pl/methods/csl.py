@@ -18,7 +18,8 @@ Differs from the paper: its teacher is a hybrid model of context-dependent graph
     utterance; that batches are made such that labels meet (``batching: label_aware``; of units of
     order 2 with ``batching_conf: {order: 2}``), and that cross-entropy in turn with this loss
     (``alternate``) was no better.
-Cost: one training pass of the encoder per unlabelled update; the teacher is asked once.
+Cost: one training pass of the encoder per unlabelled update; the teacher is asked once.  Where
+    several ranks train, each computes L_u of the frames of all of them.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from espnet_pl.losses.contrastive import Frames, contrastive
 from espnet_pl.methods import base
 from espnet_pl.methods.frame_labelling import FrameLabelling, FrameLabellingConfig
 from espnet_pl.parts.frame_labels import draw_of_segments
+from espnet_pl.parts.ranks import before, gather, together
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,14 @@ class Method(FrameLabelling):
         self.turn += 1
         if self.prediction and self.turn % 2 == 0:
             return self.classify(self.prediction, features, labels)
-        rows, places = draw_of_segments(labels)
-        y, device = labels[rows, places], features.device
-        z = self.projection(features[rows.to(device), places.to(device)])
-        utterance = rows.to(device) if self.config.negatives == "utterance" else None
+        rows, places = (x.to(features.device) for x in draw_of_segments(labels))
+        y = labels.to(features.device)[rows, places]
+        # The batch is that of all ranks: frames of the same label may be anywhere.
+        z = together(self.projection(features[rows, places]))
+        y, rows = together(y), together(rows + before(len(labels)))
+        utterance = rows if self.config.negatives == "utterance" else None
         loss, positives, negatives = contrastive(
-            Frames(z, y.to(device), utterance),
+            Frames(z, y, utterance),
             temperature=self.config.temperature,
             denominator=self.config.denominator,
         )
@@ -91,7 +95,7 @@ class Method(FrameLabelling):
         # Without an anchor it is 0, and on the graph: every rank of a job has a gradient.
         mean = torch.where(anchors, loss, 0.0).sum() / max(count, 1)
         numbers = {
-            "segments": len(y) / max(len(labels), 1),
+            "segments": len(y) / max(sum(gather(len(labels))), 1),
             "segments_skipped": 1 - count / max(len(y), 1),
             "positives": float(positives[anchors].sum()) / max(count, 1),
             "negatives": float(negatives[anchors].sum()) / max(count, 1),

@@ -54,6 +54,7 @@ from espnet_pl.losses.soft_labels import SoftLabels, kl, soft_labels
 from espnet_pl.parts.cache import Record
 from espnet_pl.parts.decoding import greedy, pad
 from espnet_pl.parts.hypotheses import draw, draw_several, possible, shuffled, usable
+from espnet_pl.parts.ranks import of_all_ranks, together
 
 TINY = 1e-30  # an occupancy that is none
 
@@ -146,11 +147,14 @@ SUMMANDS = (
 
 
 class Summand(NamedTuple):
-    """A mean over ``count`` utterances, and how much of it is in the objective."""
+    """A mean over ``count`` utterances, and how much of it is in the objective.
+
+    Of a weighted mean, ``count`` is the sum of the weights.
+    """
 
     value: Float[Tensor, ""]
     weight: float
-    count: int
+    count: float
 
 
 def label(
@@ -280,8 +284,9 @@ def objective(
         loss = frame_entropy(log_p, frames)
         out["pseudo_frame_entropy"] = average(loss, how.frame_entropy, torch.ones(n))
     if how.token_entropy:
-        per_utterance = frames.float().mean() * token_entropy(log_p, frames)
-        out["pseudo_token_entropy"] = Summand(per_utterance, -how.token_entropy, len(frames))
+        every = together(frames)  # what is said in the mean, is said by all ranks
+        per_utterance = every.float().mean() * token_entropy(log_p, frames, of_all_ranks)
+        out["pseudo_token_entropy"] = Summand(per_utterance, -how.token_entropy, len(every))
     return out, numbers
 
 
@@ -326,7 +331,7 @@ def average(loss, weight, each, keep=None) -> Summand:
     """
     each = each.to(loss) if keep is None else torch.where(keep, each.to(loss), 0.0)
     total = torch.where(each == 0, 0.0, each * loss).sum() / each.sum().clamp(min=1e-6)
-    return Summand(total, weight, int((each > 0).sum()))
+    return Summand(total, weight, float(each.sum()))
 
 
 def _weights(how, records) -> Tensor:

@@ -1,9 +1,15 @@
-"""What the ranks of a distributed job tell each other; a job of one rank is alone with itself."""
+"""What the ranks of a distributed job tell each other; a job of one rank is alone with itself.
 
+All ranks must ask, and in the same order: who asks alone waits for ever.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from espnet_pl.parts.gradients import weighed
 
 
 def several() -> bool:
@@ -18,7 +24,7 @@ def rank() -> int:
 
 
 def gather(mine: Any) -> list[Any]:
-    """What every rank holds, in the order of the ranks; all of them must ask."""
+    """What every rank holds, in the order of the ranks."""
     if not several():
         return [mine]
     held = [None] * torch.distributed.get_world_size()
@@ -27,9 +33,59 @@ def gather(mine: Any) -> list[Any]:
 
 
 def total(mine: Tensor) -> Tensor:
-    """The sum over the ranks; all of them must ask."""
+    """The sum over the ranks; without gradient."""
     if not several():
         return mine
-    mine = mine.clone()
+    mine = mine.detach().clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(mine)
     return mine
+
+
+def together(mine: Tensor) -> Tensor:
+    """The rows of all ranks, one behind the other in the order of the ranks: one batch.
+
+    For a loss in which utterances meet.  Every rank then computes the same loss of them all, and
+    its gradient goes to the rank's own rows only, R times: the mean over R ranks, which is what
+    DDP makes of gradients, is that of the loss, and nothing has to be sent on the way back.
+    """
+    if not several():
+        return mine
+    sizes = gather(len(mine))
+    room = mine.new_zeros(max(sizes), *mine.shape[1:])
+    room[: len(mine)] = mine.detach()
+    held = [torch.empty_like(room) for _ in sizes]
+    torch.distributed.all_gather(held, room)
+    parts = [rows[:size] for rows, size in zip(held, sizes)]
+    parts[torch.distributed.get_rank()] = weighed(mine, float(len(sizes)))
+    return torch.cat(parts)
+
+
+def of_all_ranks(mine: Tensor) -> Tensor:
+    """The sum over the ranks, with gradient: see ``together``."""
+    return together(mine[None]).sum(0)
+
+
+def before(mine: int) -> int:
+    """The sum of what the ranks before this one hold: where its own rows begin."""
+    return sum(gather(mine)[: torch.distributed.get_rank()]) if several() else 0
+
+
+def mean_gradients(
+    mine: Sequence[Tensor | None], of: Sequence[Tensor], count: int
+) -> list[Tensor | None]:
+    """Gradients of a mean over the utterances of all ranks, from those of each rank's own mean.
+
+    Args:
+        mine: of each parameter; None where this rank has none.
+        of: the parameters.
+        count: utterances of this rank.
+    """
+    if not several():
+        return [*mine]
+    counts, known = zip(*gather((count, [grad is not None for grad in mine])))
+    share = count / max(sum(counts), 1)
+    out: list[Tensor | None] = []
+    for grad, parameter, *there in zip(mine, of, *known):
+        own = torch.zeros_like(parameter) if grad is None else share * grad
+        out.append(total(own) if any(there) else None)
+    return out

@@ -363,10 +363,10 @@ def test_all_of_the_input_hidden():
     features, x = torch.randn(2, 6, 16).requires_grad_(), torch.randn(2, 12, 5)
     hidden = torch.ones(2, 12).bool()
     given = Inputs(x, torch.tensor([12, 12]), hidden)
-    found, rows = method.predict(features, torch.tensor([6, 6]), given)
+    found, rows, _ = method.predict(features, torch.tensor([6, 6]), given)
     assert not len(rows) and found.loss.requires_grad  # there is no context
     _, method = pair(hide="spans", predict="codes")
-    found, rows = method.predict(features, torch.tensor([6, 6]), given)
+    found, rows, _ = method.predict(features, torch.tensor([6, 6]), given)
     assert len(rows) == 12 and found.loss.isfinite().all()
 
 

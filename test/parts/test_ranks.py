@@ -1,0 +1,62 @@
+"""parts/ranks: what several ranks make of their parts is what one makes of the whole."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from espnet_pl.parts.gradients import gradients
+from espnet_pl.parts.ranks import before, gather, mean_gradients, of_all_ranks, several, together
+
+WHOLE = torch.arange(10, dtype=torch.float64).view(5, 2) / 10
+SHARES = [slice(0, 3), slice(3, 5)]
+
+
+def loss_of(x):
+    """One in which rows meet, and that is no sum over them."""
+    return (x @ x.t()).tanh().logsumexp((0, 1)) + x.mean(0).square().sum().log()
+
+
+def parts(rank, weight):
+    """Of everything that is asked below, the gradient or value that this rank has."""
+    own = WHOLE[SHARES[rank]] if several() else WHOLE
+    found = {}
+    x = weight * own
+    (found["together"],) = gradients(loss_of(together(x)), [weight])
+    (found["sum"],) = gradients(of_all_ranks(x.sum(0)).log().sum(), [weight])
+    found["order"] = together(torch.arange(len(own)) + before(len(own)))
+    other = torch.ones(2, requires_grad=True)
+    of = [weight, other, torch.ones(2, requires_grad=True)]
+    mean = x.square().sum(1).mean() + (other.sum() if rank else 0)  # the last rank alone knows it
+    found["mean"] = mean_gradients(gradients(mean, of), of, len(own))
+    return found
+
+
+def _rank(rank, world, path, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}", world_size=world, rank=rank
+    )
+    weight = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    assert gather(rank) == [*range(world)]
+    results[rank] = parts(rank, weight)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_make_of_their_parts_what_one_makes_of_the_whole(tmp_path):
+    weight = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    one = parts(0, weight)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, args=(2, str(tmp_path / "r"), results), nprocs=2)
+        first, second = (results[rank] for rank in (0, 1))
+    for name in ("together", "sum"):  # DDP takes the mean
+        torch.testing.assert_close((first[name] + second[name]) / 2, one[name])
+    assert first["order"].tolist() == second["order"].tolist() == [0, 1, 2, 3, 4]
+    for found in (first["mean"], second["mean"]):
+        torch.testing.assert_close(found[0], one["mean"][0])
+        assert found[1].tolist() == pytest.approx([0.4, 0.4]) and found[2] is None
+
+
+def test_one_rank_is_alone_with_itself():
+    x = torch.ones(2, 3, requires_grad=True)
+    assert together(x) is x and before(7) == 0 and gather("a") == ["a"] and not several()
+    assert mean_gradients([None, x], [x, x], 5) == [None, x]
