@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from espnet_pl.data.label_aware import LabelAwareBatches
 from espnet_pl.data.pairing import Chance, Pairing, Step, plan
-from espnet_pl.methods.base import Batch, Utterances
+from espnet_pl.methods.base import Batch, ConfigError, Utterances
+from espnet_pl.parts.ranks import gather
 
 PREFIXES = {"labelled": "", "unlabelled": "unlabelled_", "fresh": "fresh_"}
 
@@ -51,6 +52,9 @@ class PairedIterFactory(AbsIterFactory):
             batch once (every unlabelled one, where no update is labelled).
         chance: how likely the entry of the cache that an unlabelled update used is replaced, where
             that is known after the update only.
+
+    Raises:
+        ConfigError: the ranks of a distributed job have different numbers of batches.
     """
 
     def __init__(
@@ -68,6 +72,12 @@ class PairedIterFactory(AbsIterFactory):
             kind: stream.sampler.batches if stream else [] for kind, stream in self.streams.items()
         }
         self.batches["gone"] = self.batches["unlabelled"]
+        counts = gather({kind: len(batches) for kind, batches in self.batches.items()})
+        if any(count != counts[0] for count in counts):
+            raise ConfigError(
+                f"the ranks have different numbers of batches: {counts}; they would not make the "
+                "same updates.  Give all of them the same data and settings"
+            )
         self.steps_per_epoch = steps_per_epoch or self._one_pass()
         self._steps, self._next_epoch = None, None
         self.done = (1, 0)  # epoch in which a training goes on, updates of it that were made before

@@ -144,7 +144,12 @@ class _Learning:
             for parameter in mine:
                 parameter.requires_grad = False
         student = cls.student(net)
-        _Learning.built = PLModel(student, cls._build_method(args, student))
+        method = cls._build_method(args, student)
+        if getattr(args, "distributed", False) and method.pairing(method.config).unlabelled:
+            # Batches in turn, or of one kind only, leave layers without a gradient: of a decoder,
+            # or of what the method learns.  Unless DDP looks for these, it fails.
+            args.unused_parameters = True
+        _Learning.built = PLModel(student, method)
         return _Learning.built
 
     @classmethod

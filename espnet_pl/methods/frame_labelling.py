@@ -36,7 +36,7 @@ class FrameLabelling(base.Method):
 
     The teacher hears the weak view, once, and the student the strong one.  Labels are of the
     teacher's tokens, whatever the student's are.  Without labelled speech nothing of the student
-    but its encoder has a gradient: on several GPUs ESPnet then needs ``unused_parameters: true``.
+    but its encoder has a gradient.
     """
 
     requires = frozenset({"features"})
