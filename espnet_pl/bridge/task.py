@@ -34,6 +34,7 @@ OPTIONS = (
     "batching_conf",
     "batching_labels",
     "save_interval",
+    "num_processes",
 )
 
 
@@ -97,6 +98,13 @@ class _Learning:
             "--language_model",
             help="of a method that uses one: a folder of espnet2.bin.lm_train, or n-grams: .arpa "
             "(text), .bin (KenLM)",
+        )
+        group.add_argument(
+            "--num_processes",
+            type=int,
+            default=1,
+            help="that train together on the CPUs of this machine, each on its share of a batch; "
+            "of GPUs, --ngpu says how many",
         )
         group.add_argument(
             "--batching",

@@ -5,8 +5,11 @@ configuration says ``task: asr_transducer``), ours, and ``--config`` several tim
 changes what an earlier one said, key by key also inside ``…_conf``.
 """
 
+import argparse
 import functools
 import inspect
+import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +17,9 @@ from typing import Any
 
 import yaml
 from espnet2.train.class_choices import ClassChoices
+from espnet2.train.distributed_utils import get_rank, get_world_size
 
-from espnet_pl.bridge import batching, compat, teaching
+from espnet_pl.bridge import batching, compat, processes, teaching
 from espnet_pl.bridge.keeping import Interval
 from espnet_pl.bridge.merge import merge
 from espnet_pl.bridge.task import task_of
@@ -78,7 +82,7 @@ def needs_language_model(config: Mapping[str, Any]) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Merge the configurations, write them to the output directory, and call the task."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    paths, rest = [], []
+    words, paths, rest = [*argv], [], []
     while argv:
         word = argv.pop(0)
         if word == "--config" and argv:
@@ -98,9 +102,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output_dir is None:
         raise ConfigError("--output_dir is needed")
     merged = Path(output_dir) / "train.yaml"
-    merged.parent.mkdir(parents=True, exist_ok=True)
-    merged.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    _write(merged, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    args = parser.parse_args(["--config", str(merged), *rest])
+    if args.num_processes > 1 and not args.collect_stats:  # which ESPnet does not share out
+        processes.run(args.num_processes, args.ngpu, words)
+        return
+    rest += _of_ranks(args)
     task.main(cmd=["--config", str(merged), *rest])
+
+
+def _of_ranks(args: argparse.Namespace) -> list[str]:
+    """What ESPnet does not find out itself where several ranks train."""
+    found = []
+    if not args.ngpu and get_world_size(args.dist_world_size, args.dist_launcher) > 1:
+        found += ["--dist_backend", "gloo"]  # the default is of GPUs only
+    if args.dist_launcher == "slurm" and args.dist_rank is None:
+        # Else it refuses several tasks on a node, also where it is not to start processes.
+        found += ["--dist_rank", str(get_rank(None, "slurm"))]
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """At once: every rank of a distributed job writes it, and reads it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   ./run.sh                                              the default runs, from data to RESULTS.md
   ./run.sh --method all --seed 1,2,3                    the whole table, three seeds
   ./run.sh --method slimipl --stage train --stop_stage measure --ngpu 1
+  ./run.sh --method slimipl --stage train --num_processes 4 --nj 1
   ./run.sh --method all --dry_run                       print every command, do nothing
   ./run.sh --cmd slurm --slurm_opts '--time 2:00:00 -A lab'   in Slurm; again: finds its jobs
 """
@@ -123,6 +124,7 @@ def _plan(call: _Call, recipe: config.Recipe) -> stages.Plan:
     return stages.Plan(
         recipe, known, tuple(call.chosen), tuple(call.seeds), verdicts,
         args.asr_config, args.expdir, args.dumpdir, args.ngpu, args.nj, args.teacher_mode,
+        args.num_processes,
     )  # fmt: skip
 
 
@@ -183,6 +185,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=min(cores, 4),
         help=f"jobs at a time, or in the queue ({min(cores, 4)})",
     )
+    add("--num_processes", type=int, default=1, help="processes of a training on the CPU (1)")
     add("--cmd", default=_backend(), help="local or slurm (cmd.sh)")
     add("--slurm_opts", default="", help="more for sbatch, after conf/slurm.conf: '--time 2:00:00'")
     add("--asr_config", type=Path, default=config.ASR, help=f"the model ({config.ASR})")
@@ -199,6 +202,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         raise RecipeError(config.did_you_mean(unknown[0].partition("=")[0], flags))
+    if args.num_processes < 1 or (args.num_processes > 1 and args.ngpu):
+        raise RecipeError(
+            f"--num_processes {args.num_processes} --ngpu {args.ngpu}: give one process or more of "
+            "CPUs, or GPUs, which have one each"
+        )
     args.expdir = args.expdir or config.default_expdir(args.asr_config)
     return args
 

@@ -20,7 +20,7 @@ import yaml
 
 BIG = 64 * 2**20  # hashing more than this would make an idle run slow
 # Where and how many at a time: the result is the same, so a change does not make it old.
-VOLATILE = ("--ngpu", "--nj")
+VOLATILE = ("--ngpu", "--nj", "--num_processes")
 # Made by runs, after their commit.
 RESULTS = (":(top,exclude)*RESULTS.md", ":(top,exclude)docs/studies/data")
 # The state of a job that is in Slurm's hands, whatever it does there.

@@ -32,6 +32,7 @@ class Plan:
     ngpu: int = 0
     nj: int = 1
     teacher_mode: str | None = None  # of runs that are taught; None: as each of them says
+    num_processes: int = 1  # of a training on the CPU
 
     def dir(self, run: str, seed: int) -> Path:
         """The folder of a run."""
@@ -120,6 +121,8 @@ def train(plan: Plan) -> Iterator[Job]:
             argv, inputs = _training(plan, options.labelled, options.token_type)
             argv += [word for path in run.files for word in ("--config", str(path))]
             argv += ["--seed", str(seed), "--ngpu", str(plan.ngpu), "--output_dir", str(folder)]
+            if plan.num_processes > 1:
+                argv += ["--num_processes", str(plan.num_processes)]
             inputs += run.files
             if run.normalize == "global_mvn":
                 argv += ["--normalize_conf", f"stats_file={_stats(plan)}"]

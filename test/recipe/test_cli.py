@@ -32,6 +32,8 @@ pytestmark = pytest.mark.usefixtures("recipe")
         (["--seed", "one"], "--seed one: expected numbers"),
         (["--ngpu", "x"], "--ngpu: invalid int value"),
         (["--cmd", "slurm"], "no conf/slurm.conf"),
+        (["--num_processes", "0"], "--num_processes 0"),
+        (["--num_processes", "2", "--ngpu", "2"], "of CPUs, or GPUs, which have one each"),
         (["--dry_run", "maybe"], "expected true or false"),
         (["extra"], "'extra' is not known"),
     ],

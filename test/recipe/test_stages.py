@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_the_recipe_mapping_of_a_run():
     assert "data/train_oracle/wav.scp,speech,sound" in train.argv
     assert export.argv[-2:] == ("--source", "student")
     assert Path("data/train_oracle/speech_shape") in train.inputs
+
+
+def test_several_processes_train_and_do_nothing_else():
+    several = replace(plan(), num_processes=3)
+    for job, alone in zip(stages.train(several), stages.train(plan()), strict=True):
+        if job.name.startswith("train "):
+            assert "--num_processes 3" in job.shell() and "--num_processes" not in alone.shell()
+        else:
+            assert job.argv == alone.argv
 
 
 def test_statistics_are_collected_where_they_are_needed():
