@@ -105,3 +105,11 @@ def test_proposals(bench):
         assert row["best"] >= greedy["best"] - 1e-4 and row["mass"] > greedy["mass"]
         same = [r for r in several if (r["beam"], r["tokens"]) == (row["beam"], row["tokens"])]
         assert [r["mass"] for r in same] == pytest.approx([row["mass"]] * len(same), rel=0.05)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen by Linux's call")
+def test_ranks(bench):
+    printed, result = bench("ranks")
+    times = result["seconds"]
+    assert set(times) == {"1", "2"} and all(value > 0 for own in times.values() for value in own)
+    assert f"{result['ratio']:.2f} times" in printed and result["ratio"] > 0
