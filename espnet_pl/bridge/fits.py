@@ -14,6 +14,7 @@ FREE = {
     "patience", "keep_nbest_models", "nbest_averaging_interval", "save_interval", "num_att_plot",
     "create_graph_in_tensorboard", "detect_anomaly", "local_rank", "sharded_ddp", "ddp_comm_hook",
     "unused_parameters", "gradient_as_bucket_view", "truth", "iterator_type", "required",
+    "num_processes", "distributed",
 }  # fmt: skip
 FREE_PREFIXES = ("dist_", "multiprocessing_", "log_", "use_", "wandb_", "cudnn_", "collect_")
 DECIDE = {"use_amp", "use_preprocessor", "use_adapter", "use_lang_prompt", "use_nlp_prompt"}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # does nothing but on Linux
 
+from espnet_pl.bridge.keeping import AGAIN, SIGNALS
 from espnet_pl.methods.base import ConfigError
 
 POLL = 0.2  # seconds between two looks at the ranks
@@ -41,7 +42,7 @@ def run(count: int, ngpu: int, argv: Sequence[str]) -> None:
             heard.append(number)
             _tell(ranks, number)
 
-        wanted = (signal.SIGTERM, signal.SIGINT)
+        wanted = (*SIGNALS, signal.SIGINT)
         before = {number: signal.signal(number, pass_on) for number in wanted}
         try:
             failed = _wait(ranks, heard)
@@ -51,6 +52,8 @@ def run(count: int, ngpu: int, argv: Sequence[str]) -> None:
                 signal.signal(number, handler)
     if failed is not None:
         status = ranks[failed].returncode
+        if status == AGAIN:  # told to stop, all have
+            raise SystemExit(AGAIN)
         how = f"ended with status {status}"
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"

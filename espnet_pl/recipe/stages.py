@@ -165,7 +165,7 @@ def train(plan: Plan) -> Iterator[Job]:
             job = Job(
                 f"train {name} seed {seed}", (*argv, "--resume", "true"), folder / "train.log",
                 gpus=plan.ngpu, inputs=tuple(inputs), outputs=(folder / "config.yaml",),
-                resumes=folder / "checkpoint.pth",
+                resumes=folder / "checkpoint.pth", cpus=plan.num_processes,
             )  # fmt: skip
             yield job
             source = ["--source", options.export] if options.export else []

@@ -30,9 +30,9 @@ def exp(arguments, tmp_path):
     return folder
 
 
-def run(mode, exp, work, times):
+def run(mode, exp, work, times, more=""):
     argv = [sys.executable, "tools/interruptions.py", mode, str(exp), "--times", str(times)]
-    argv += ["--work", str(work), "--options", OPTIONS, "--record", str(work) + ".json"]
+    argv += ["--work", str(work), "--options", OPTIONS + more, "--record", str(work) + ".json"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -45,6 +45,12 @@ def test_disturbed_trainings_end_as_undisturbed_ones(mode, words, exp, tmp_path)
     assert counts["disturbed"] == 3 and counts["wrong"] == [] and counts["finished"] >= 1
     assert all(what.startswith(words) for what in counts["happened"])
     assert counts["again_most"] <= (2 if mode == "kill" else 0 if mode == "stop" else 4)
+
+
+@pytest.mark.parametrize("mode", ["kill", "stop"])
+def test_two_processes_go_on_together(mode, exp, tmp_path):
+    counts = run(mode, exp, tmp_path / "work", 1, " --num_processes 2")
+    assert counts["disturbed"] == 1 and counts["wrong"] == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
