@@ -99,7 +99,7 @@ def test_all_that_decides_an_update_is_kept(changes, until_done, arguments, corp
         changes["noise_scp"] = str(corpus / "data/dev/wav.scp")
     main(arguments("slimipl", "whole", **changes))
     argv = arguments("slimipl", "parts", **changes)
-    assert until_done(argv, _2=signal.SIGTERM, _7=signal.SIGTERM) == 2
+    assert until_done(argv, _5=signal.SIGTERM, _8=signal.SIGTERM) == 2
     whole, parts = (loaded(tmp_path / d / "checkpoint.pth") for d in ("whole", "parts"))
     for name in ("model", "optimizers", "schedulers", "gradients"):
         assert same(whole[name], parts[name]), name
