@@ -15,9 +15,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from espnet_pl.recipe import launch, markers, slurm, slurm_job, task
 from espnet_pl.recipe.launch import Job, LaunchError
+from test.bridge.conftest import arguments, corpus  # noqa: F401
+from test.bridge.test_train import same
 
 ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "tools/slurm_local.sh"
@@ -589,6 +592,48 @@ def test_a_training_that_is_told_saves_and_goes_on(cluster, capsys):
     assert marker["state"] == "done" and marker["slurm"]["restart"] == 1
     assert marker["wall_s"] > 6  # of both starts
     assert "runs on n" in (out := capsys.readouterr().out) and "start 2)" in out
+
+
+def learning(argv, out, *options, **more):
+    """A real training of ESPnet's."""
+    return Job(
+        f"train {out}", ("python3", "-m", "espnet_pl.bridge.train", *argv, *options),
+        Path(f"{out}/train.log"), outputs=(Path(f"{out}/config.yaml"),), **more,
+    )  # fmt: skip
+
+
+def test_a_model_is_the_same_whether_its_training_was_preempted(cluster, arguments, tmp_path):  # noqa: F811
+    how = dict(max_epoch=30, method_conf={"capacity": 2, "unlabelled": 2, "replace": 0.5})
+    whole = learning(arguments("slimipl", "whole", **how), "whole")
+    argv = arguments("slimipl", "parts", **how)
+    parts = learning(argv, "parts", "--resume", "true", resumes=Path("parts/checkpoint.pth"))
+
+    def preempt():
+        when(lambda: "2epoch:train:2-2batch" in text(parts.log), 120)
+        node = markers.read(parts.marker)["slurm"]["node"]
+        command("sbatch", "-p", "gpu", "--exclusive", "-w", node, "--wrap", "sleep 1")
+
+    done = meanwhile(preempt)
+    assert run(whole, parts, opts="-p low --exclusive") == ["train whole", "train parts"]
+    done()
+    assert markers.read(parts.marker)["slurm"]["restart"] == 1
+    assert text(parts.log).count("going on from") == 1
+    found = [torch.load(tmp_path / out / "checkpoint.pth") for out in ("whole", "parts")]
+    for name in ("model", "optimizers", "schedulers", "epoch", "step"):
+        assert same(found[0][name], found[1][name]), name
+    averages = [torch.load(tmp_path / out / "valid.loss.ave.pth") for out in ("whole", "parts")]
+    assert same(*averages)
+
+
+def test_a_model_is_trained_by_two_ranks_on_each_of_two_nodes(cluster, arguments, tmp_path):  # noqa: F811
+    argv = arguments("mpl", "four", max_epoch=1, batch_bins=80000)
+    argv = [word.replace("/dev/", "/labelled/") for word in argv]  # dev has less than four
+    options = ["--multiprocessing_distributed", "false", "--dist_launcher", "slurm"]
+    options += ["--dist_init_method", f"file://{tmp_path}/meet"]
+    assert run(learning(argv, "four", *options, nodes=2, tasks=2)) == ["train four"]
+    found = torch.load(tmp_path / "four/checkpoint.pth")
+    assert len(found["ranks"]) == 4 and found["optimizers"][0]["method"]["step"] == 5
+    assert all(v.isfinite().all() for v in found["model"].values() if v.is_floating_point())
 
 
 def test_what_cannot_save_is_not_disturbed_by_the_notice(cluster):
