@@ -269,8 +269,8 @@ FAULTS = {
     ),
     "negatives of the batch where the utterance's were asked for": Fault(
         "espnet_pl/methods/csl.py",
-        'rows.to(device) if self.config.negatives == "utterance" else None',
-        "None",
+        'utterance = rows if self.config.negatives == "utterance" else None',
+        "utterance = None",
         f"{METHODS}/test_csl.py",
     ),
     "what a method learns is not optimised": Fault(
@@ -347,7 +347,7 @@ FAULTS = {
     ),
     "plain mean over ranks": Fault(
         "espnet_pl/bridge/model.py",
-        "share = term.count * len(counts) / max(sum(of.get(name, 0) for of in counts), 1)",
+        "share = term.count * len(counts) / (sum(of.get(name, 0) for of in counts) or 1)",
         "share = 1",
         f"{BRIDGE}/test_distributed.py -k count",
     ),
@@ -404,8 +404,8 @@ FAULTS = {
     ),
     "entropy of the sum in place of the mean": Fault(
         "espnet_pl/losses/entropy.py",
-        "total / valid.sum().clamp(min=1)",
-        "total",
+        "total(said) / total(valid.sum()).clamp(min=1)",
+        "total(said)",
         "test/losses/test_entropy.py",
     ),
     "hypotheses of other utterances share the weight": Fault(
@@ -707,8 +707,8 @@ FAULTS = {
     ),
     "the penalty slows the layers of its own task down": Fault(
         "espnet_pl/methods/bljust.py",
-        "base.Term(loss, self.config.lower_weight, len(x))",
-        "base.Term(loss, penalty * self.config.lower_weight, len(x))",
+        "base.Term(loss, self.config.lower_weight, len(frames))",
+        "base.Term(loss, penalty * self.config.lower_weight, len(frames))",
         "test/methods/test_bljust.py",
     ),
     "the penalty grows in exploration": Fault(

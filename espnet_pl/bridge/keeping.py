@@ -27,7 +27,7 @@ from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import SAVED_AS, PLModel
 from espnet_pl.bridge.owner import Owner
 from espnet_pl.methods.base import ConfigError
-from espnet_pl.parts.ranks import gather, rank, several
+from espnet_pl.parts.ranks import gather, leave, rank, several
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 AGAIN = 75  # the exit code EX_TEMPFAIL: all is saved, the same command goes on
@@ -262,6 +262,7 @@ class Keeper:
             self.save()
         if stopped_by:
             logging.warning(f"{stopped_by}: all is saved, the same command goes on from there")
+            leave()
             raise SystemExit(AGAIN)
 
     def _other_than_first(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from espnet_pl.bridge import checkpoints, fits
 from espnet_pl.bridge.keeping import Interval, Keeper
 from espnet_pl.bridge.model import RIVAL, PLModel
 from espnet_pl.methods.base import ConfigError, Method
+from espnet_pl.parts.ranks import leave
 
 
 @dataclasses.dataclass
@@ -78,6 +79,7 @@ class PLTrainer(Trainer):
                 distributed_option,
             )
             cls.keeper.over()
+        leave()
 
     @staticmethod
     def resume(checkpoint, model, reporter, optimizers, schedulers, scaler, ngpu=0, strict=True):

@@ -23,6 +23,13 @@ def rank() -> int:
     return torch.distributed.get_rank() if several() else 0
 
 
+def leave() -> None:
+    """This rank is done, and so are the others; else its threads may abort it at its end."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def gather(mine: Any) -> list[Any]:
     """What every rank holds, in the order of the ranks."""
     if not several():

@@ -144,7 +144,7 @@ def test_the_interval_of_a_recovery():
     low, high = measure.recovery_interval(run, base, oracle)
     assert low < 25 < high < 27 and low > 23
     # The oracle itself recovers all, the baseline nothing, in every replicate.
-    assert measure.recovery_interval(oracle, base, oracle) == [100, 100]
+    assert measure.recovery_interval(oracle, base, oracle) == pytest.approx([100, 100])
     assert measure.recovery_interval(base, base, oracle) == [0, 0]
     # Where the oracle gains nothing too often, the share could be anything.
     assert measure.recovery_interval(run, base, base) == [-np.inf, np.inf]
