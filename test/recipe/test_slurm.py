@@ -19,9 +19,10 @@ import torch
 
 from espnet_pl.recipe import launch, markers, slurm, slurm_job, task
 from espnet_pl.recipe.launch import Job, LaunchError
-from test.bridge.conftest import arguments, corpus  # noqa: F401
+from test.bridge import conftest as bridge
 from test.bridge.test_train import same
 
+arguments, corpus = bridge.arguments, bridge.corpus  # fixtures: real trainings
 ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "tools/slurm_local.sh"
 
@@ -604,7 +605,7 @@ def learning(argv, out, *options, **more):
     )  # fmt: skip
 
 
-def test_a_model_is_the_same_where_its_job_was_requeued(cluster, arguments, tmp_path):  # noqa: F811
+def test_a_model_is_the_same_where_its_job_was_requeued(cluster, arguments, tmp_path):
     how = dict(max_epoch=30, method_conf={"capacity": 2, "unlabelled": 2, "replace": 0.5})
     whole = learning(arguments("slimipl", "whole", **how), "whole")
     argv = arguments("slimipl", "parts", **how)
@@ -625,7 +626,7 @@ def test_a_model_is_the_same_where_its_job_was_requeued(cluster, arguments, tmp_
     assert same(*averages)
 
 
-def test_a_model_is_trained_by_two_ranks_on_each_of_two_nodes(cluster, arguments, tmp_path):  # noqa: F811
+def test_a_model_is_trained_by_two_ranks_on_each_of_two_nodes(cluster, arguments, tmp_path):
     argv = arguments("mpl", "four", max_epoch=1, batch_bins=80000)
     argv = [word.replace("/dev/", "/labelled/") for word in argv]  # dev has less than four
     options = ["--multiprocessing_distributed", "false", "--dist_launcher", "slurm"]
