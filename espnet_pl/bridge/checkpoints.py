@@ -18,7 +18,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def write(states: Mapping[str, Any], path: Path) -> None:
     def fill(target: Path) -> None:
         _save(_plain(states), target)
         with open(target, "r+b") as file:
-            digest = MARK + hashlib.file_digest(_but_last(file, 2), "sha256").hexdigest().encode()
+            digest = MARK + _digest(file, 2)
             file.seek(-2, os.SEEK_END)  # of an archive without comment: its length, 0
             file.write(len(digest).to_bytes(2, "little") + digest)
 
@@ -63,6 +63,16 @@ def read(path: Path, device: str = "cpu") -> dict[str, Any]:
     Raises:
         DamagedError: it is not, or `write` did not make it.
     """
+    verify(path)
+    return _lively(torch.load(path, map_location=device, weights_only=True))
+
+
+def verify(path: Path) -> None:
+    """Whether a file is as it was written, without loading it.
+
+    Raises:
+        DamagedError: it is not, or `write` did not make it.
+    """
     length = len(MARK) + 64
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -70,11 +80,8 @@ def read(path: Path, device: str = "cpu") -> dict[str, Any]:
         end = file.read()
         if end[:2] != length.to_bytes(2, "little") or not end[2:].startswith(MARK):
             raise DamagedError(f"{path} ({size} bytes) does not end as a checkpoint of ours does")
-        digest = hashlib.file_digest(_but_last(file, length + 2), "sha256").hexdigest()
-        if digest.encode() != end[2 + len(MARK) :]:
+        if _digest(file, length + 2) != end[2 + len(MARK) :]:
             raise DamagedError(f"{path} ({size} bytes) has changed since it was written")
-        file.seek(0)
-        return _lively(torch.load(file, map_location=device, weights_only=True))
 
 
 def newest(folder: Path) -> Path | None:
@@ -90,7 +97,7 @@ def newest(folder: Path) -> Path | None:
     faults = []
     for file in found:
         try:
-            read(file)
+            verify(file)
         except DamagedError as error:
             faults.append(str(error))
             continue
@@ -191,20 +198,14 @@ def saving(folder: Path, checkpoint: Callable[[dict[str, Any]], None]) -> Iterat
 _save = torch.save
 
 
-class _but_last:
-    """A file without its last bytes, from the start, for ``hashlib.file_digest``."""
-
-    def __init__(self, file, cut: int) -> None:
-        self.file, self.left = file, file.seek(0, os.SEEK_END) - cut
-        file.seek(0)
-
-    def readinto(self, buffer) -> int:
-        count = self.file.readinto(memoryview(buffer)[: max(self.left, 0)])
-        self.left -= count
-        return count
-
-    def readable(self) -> bool:
-        return True
+def _digest(file: BinaryIO, cut: int) -> bytes:
+    """Of a file without so many of its last bytes."""
+    left, digest = file.seek(0, os.SEEK_END) - cut, hashlib.sha256()
+    file.seek(0)
+    while piece := file.read(min(max(left, 0), 1 << 20)):
+        left -= len(piece)
+        digest.update(piece)
+    return digest.hexdigest().encode()
 
 
 def _link(path: Path, name: Path) -> None:
