@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from espnet_pl.bridge import checkpoints, train
-from espnet_pl.bridge.keeping import AGAIN
+from espnet_pl.parts.signals import AGAIN, SIGNALS
 from espnet_pl.recipe.markers import environment
 
 UPDATE = re.compile(r"(\d+)epoch:train:(\d+)-\d+batch: (.*)")
@@ -187,7 +187,7 @@ def disturb(mode: str, run: Run, folder: Path, draw: random.Random, pause: float
     if code is not None:
         return "done" if code == 0 else f"exit code {code}"
     if mode == "stop":
-        os.kill(run.process, draw.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]))
+        os.kill(run.process, draw.choice(SIGNALS))
         made, code = len(run.updates()), run.wait()
         if code == 0:
             return "done"

@@ -20,6 +20,7 @@ from espnet_pl.data.label_aware import LabelAwareBatches
 from espnet_pl.data.pairing import Chance, Pairing, Step, plan
 from espnet_pl.methods.base import Batch, ConfigError, Utterances
 from espnet_pl.parts.ranks import gather
+from espnet_pl.parts.signals import SIGNALS
 
 PREFIXES = {"labelled": "", "unlabelled": "unlabelled_", "fresh": "fresh_"}
 
@@ -191,7 +192,7 @@ class _Both:
 
 def _begin_worker(worker_id: int, base_seed: int) -> None:
     """As ESPnet's; signals are for the process that trains, which still needs its batches."""
-    for sign in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for sign in SIGNALS:
         signal.signal(sign, signal.SIG_IGN)
     worker_init_fn(worker_id, base_seed)
 

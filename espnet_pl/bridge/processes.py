@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # does nothing but on Linux
 
-from espnet_pl.bridge.keeping import AGAIN, SIGNALS
 from espnet_pl.methods.base import ConfigError
+from espnet_pl.parts.signals import AGAIN, SIGNALS
 
 POLL = 0.2  # seconds between two looks at the ranks
 GRACE = 60.0  # seconds that the others have to end, once one has failed

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from espnet_pl.parts.signals import AGAIN
 from espnet_pl.recipe import markers
 from espnet_pl.recipe.job import Job, LaunchError
 
-AGAIN = 75  # EX_TEMPFAIL, of a training that was told to stop: saved, run me again
 # What a file system without locks answers.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
