@@ -404,16 +404,21 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "defpath", f"{tmp_path}/bin:{os.defpath}")
 
 
+def stopped_once_too_often(job):
+    """Told to stop as soon as it says that it is up, in more turns than may be fruitless."""
+    submitted(job)
+    for turn in range(slurm_job.FRUITLESS + 1):
+        process = start(job, restart=turn)
+        when(lambda turn=turn: text(job.log).count("up\n") == turn + 1)
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+
 def test_what_saves_nothing_is_not_put_back_for_ever(stand_ins):
     """A time limit that is too short would keep the queue busy, and never come to an end."""
     job = training(1000)
     Path("training.py").write_text("print('up', flush=True); import time; time.sleep(60)\n")
-    submitted(job)
-    for turn in range(slurm_job.FRUITLESS + 1):
-        process = start(job, restart=turn)
-        when(lambda turn=turn: text(job.log).count("up") == turn + 1)
-        process.send_signal(signal.SIGUSR2)
-        assert process.wait(20) == 128 + signal.SIGTERM
+    stopped_once_too_often(job)
     assert text("asked") == "requeue 7\n" * slurm_job.FRUITLESS
     marker = markers.read(job.marker)
     assert marker["state"] == "failed" and "before it had saved anything" in marker["reason"]
@@ -424,12 +429,7 @@ def test_a_checkpoint_since_the_start_is_progress(stand_ins):
     job = training(1000)
     script = "echo 1 > run/checkpoint.pth; echo up; exec sleep 60"
     job = Job(job.name, ("sh", "-c", script), job.log, resumes=job.resumes)
-    submitted(job)
-    for turn in range(slurm_job.FRUITLESS + 1):
-        process = start(job, restart=turn)
-        when(lambda turn=turn: text(job.log).count("up\n") == turn + 1)
-        process.send_signal(signal.SIGUSR2)
-        assert process.wait(20) == 128 + signal.SIGTERM
+    stopped_once_too_often(job)
     assert text("asked") == "requeue 7\n" * (slurm_job.FRUITLESS + 1)
     assert markers.read(job.marker)["state"] == markers.SUBMITTED
 
