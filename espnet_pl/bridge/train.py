@@ -24,6 +24,8 @@ from espnet_pl.bridge.keeping import Interval
 from espnet_pl.bridge.merge import merge
 from espnet_pl.bridge.task import task_of
 from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
+from espnet_pl.parts import ranks
+from espnet_pl.parts.signals import AGAIN
 
 __all__ = ["ConfigError", "load_config", "main", "needs_language_model", "needs_unlabelled"]
 
@@ -174,7 +176,13 @@ def _parser(task):
 
 
 if __name__ == "__main__":
+    status = 0
     try:
         main()
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
+    except SystemExit as told:
+        if told.code != AGAIN:
+            raise
+        status = AGAIN
+    ranks.end(status)

@@ -3,8 +3,11 @@
 All ranks must ask, and in the same order: who asks alone waits for ever.
 """
 
+import atexit
+import os
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,10 +27,23 @@ def rank() -> int:
 
 
 def leave() -> None:
-    """This rank is done, and so are the others; else its threads may abort it at its end."""
+    """This rank is done, and so are the others."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def end(status: int) -> NoReturn:
+    """End this process, which has left its group, without what Python would still do.
+
+    DDP holds a group for as long as the process lives (torch 2.13), and with it the threads of
+    gloo, one of which may abort the process while Python ends: "terminate called without an active
+    exception", of a rank that has done all it had to.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def gather(mine: Any) -> list[Any]:

@@ -1,5 +1,8 @@
 """parts/ranks: what several ranks make of their parts is what one makes of the whole."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -60,3 +63,18 @@ def test_one_rank_is_alone_with_itself():
     x = torch.ones(2, 3, requires_grad=True)
     assert together(x) is x and before(7) == 0 and gather("a") == ["a"] and not several()
     assert mean_gradients([None, x], [x, x], 5) == [None, x]
+
+
+def test_a_rank_ends_without_what_python_does_last():
+    """``leave`` does not end the threads of a group that DDP holds: nothing may wait for them."""
+    code = """
+import atexit, sys, threading
+from espnet_pl.parts import ranks
+threading.Thread(target=threading.Event().wait).start()
+atexit.register(print, "what others want done at the end")
+sys.stdout.write("and what is not written yet; ")
+ranks.end(75)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (75, "")
+    assert done.stdout == "and what is not written yet; what others want done at the end\n"
