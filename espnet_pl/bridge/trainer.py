@@ -9,10 +9,13 @@ import dataclasses
 import logging
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from espnet2.train import trainer
 from espnet2.train.reporter import SubReporter, aggregate
 from espnet2.train.trainer import Trainer, TrainerOptions
 
@@ -20,7 +23,7 @@ from espnet_pl.bridge import checkpoints, fits
 from espnet_pl.bridge.keeping import Interval, Keeper
 from espnet_pl.bridge.model import RIVAL, PLModel
 from espnet_pl.methods.base import ConfigError, Method
-from espnet_pl.parts.ranks import leave
+from espnet_pl.parts.ranks import averages, leave
 
 
 @dataclasses.dataclass
@@ -29,6 +32,26 @@ class PLOptions(TrainerOptions):
 
     save_interval: str
     traits: dict[str, str]
+
+
+@contextmanager
+def _averaging() -> Iterator[None]:
+    """ESPnet sends the numbers of an update to the other ranks one by one; these go together."""
+    stock = trainer.recursive_average
+
+    def average(stats, weight, distributed=False):
+        if not distributed:
+            return stock(stats, weight)
+        share = weight / weight.sum()
+        own = {k: (value * share).sum() for k, value in stats.items() if value is not None}
+        means, whole = averages(own, weight.sum())
+        return dict.fromkeys(stats) | means, whole
+
+    trainer.recursive_average = average
+    try:
+        yield
+    finally:
+        trainer.recursive_average = stock
 
 
 class PLTrainer(Trainer):
@@ -66,7 +89,7 @@ class PLTrainer(Trainer):
             train_iter_factory,
             options.accum_grad,
         )
-        with cls.keeper, checkpoints.saving(folder, cls.keeper.epoch_is_over):
+        with cls.keeper, checkpoints.saving(folder, cls.keeper.epoch_is_over), _averaging():
             options.resume = cls.keeper.newest(options.resume)
             super().run(
                 model,

@@ -8,7 +8,16 @@ import torch
 import torch.multiprocessing as mp
 
 from espnet_pl.parts.gradients import gradients
-from espnet_pl.parts.ranks import before, gather, mean_gradients, of_all_ranks, several, together
+from espnet_pl.parts.ranks import (
+    SMALL,
+    averages,
+    before,
+    gather,
+    mean_gradients,
+    of_all_ranks,
+    several,
+    together,
+)
 
 WHOLE = torch.arange(10, dtype=torch.float64).view(5, 2) / 10
 SHARES = [slice(0, 3), slice(3, 5)]
@@ -40,7 +49,12 @@ def _rank(rank, world, path, results):
     )
     weight = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
     assert gather(rank) == [*range(world)]
+    for size in (SMALL, 3 * SMALL):  # of the last rank: more than is sent at once
+        assert gather("x" * rank * size) == ["", "x" * size]
     results[rank] = parts(rank, weight)
+    nothing = torch.tensor([torch.nan, 6.0][rank])  # the first rank has none
+    numbers = {"loss": torch.tensor(2.0 + 3 * rank), "rare": nothing, "never": nothing * torch.nan}
+    results[f"averages {rank}"] = averages(numbers, torch.tensor([1, 3][rank]))
     torch.distributed.destroy_process_group()
 
 
@@ -51,6 +65,10 @@ def test_two_ranks_make_of_their_parts_what_one_makes_of_the_whole(tmp_path):
         results = manager.dict()
         mp.spawn(_rank, args=(2, str(tmp_path / "r"), results), nprocs=2)
         first, second = (results[rank] for rank in (0, 1))
+        for means, weight in (results[f"averages {rank}"] for rank in (0, 1)):
+            assert weight == 4 and means["loss"] == (1 * 2 + 3 * 5) / 4
+            assert means["rare"] == 2 * 3 * 6 / 4 and means["never"].isnan()  # as ESPnet has it
+            assert all(value.dtype == torch.float32 for value in means.values())
     for name in ("together", "sum"):  # DDP takes the mean
         torch.testing.assert_close((first[name] + second[name]) / 2, one[name])
     assert first["order"].tolist() == second["order"].tolist() == [0, 1, 2, 3, 4]

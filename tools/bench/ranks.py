@@ -3,12 +3,12 @@
     PYTHONPATH=. python tools/bench/ranks.py [--recipe egs/mini_alnum/pl1] [--json FILE]
 
 The model and the slimIPL of a recipe, through ESPnet's trainer, on noise of one to two seconds that
-is made for it.  Each process has a batch of the size that the single one has: two see twice the
-speech in an update, which is the mean of their gradients.  A share is an update's work of one
-process; so many a second, of two processes beside one, is what is gained by the other core, 2 at
-best.
+is made for it.  An update, which two processes share out between them, has as much speech as the
+recipe says, and --batches times as much (a power of two): what an update costs whatever it hears is
+not shared out.  Two processes also compare with one that hears half as much in an update, as each
+of them does.  Both are ratios of the speech heard in a second, 2 at best.
 
-One and two processes take turns, --repeat times.  Time is that of the wall, of the median of a
+They take turns, --repeat times.  Time is that of the wall, of the median of a
 training's epochs but for the first: no start, no validation.  Other work on the machine makes it
 worthless: the load before the first run is printed, too.
 """
@@ -49,10 +49,12 @@ def corpus(folder: Path, utterances: int) -> None:
     (folder / "tokens.txt").write_text("<blank>\n<unk>\nA\nB\nC\n<sos/eos>\n")
 
 
-def command(recipe: Path, folder: Path, out: Path, processes: int, changes: dict) -> list[str]:
-    """A training in so many processes."""
-    path = folder / f"{processes}.yaml"
-    path.write_text(yaml.safe_dump(changes | {"batch_bins": changes["batch_bins"] * processes}))
+def command(
+    recipe: Path, folder: Path, out: Path, processes: int, batches: int, changes: dict
+) -> list[str]:
+    """A training in so many processes, which have so many of the recipe's batches in an update."""
+    path = folder / f"{batches}.yaml"
+    path.write_text(yaml.safe_dump(changes | {"batch_bins": changes["batch_bins"] * batches}))
     argv = [sys.executable, "-m", "espnet_pl.bridge.train", "--output_dir", str(out)]
     files = [recipe / "conf/asr.yaml", recipe / "conf/slimipl.yaml", path]
     argv += [word for file in files for word in ("--config", str(file))]
@@ -83,6 +85,7 @@ def main() -> None:
     """Measure, print, and write what was measured."""
     options = parser(__doc__, 3, "trainings of each kind")
     options.add_argument("--recipe", type=Path, default=ROOT / "egs/mini_alnum/pl1")
+    options.add_argument("--batches", type=int, default=2, help="of the recipe, in one update")
     options.add_argument("--small", action="store_true", help="to see that it runs")
     args = options.parse_args()
     own = yaml.safe_load((args.recipe / "conf/asr.yaml").read_text(encoding="utf-8"))
@@ -91,22 +94,31 @@ def main() -> None:
         changes = {"max_epoch": 2, "num_iters_per_epoch": 3, "batch_bins": 30000}
     cores = sorted(os.sched_getaffinity(0))[:2]
     load = os.getloadavg()[0]
-    times: dict[int, list[float]] = {1: [], 2: []}
+    sizes = [1, *(2**i for i in range(1, args.batches.bit_length()))]
+    times: dict[tuple[int, int], list[float]] = {
+        (processes, batches): [] for batches in sizes for processes in (1, 2)
+    }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         corpus(root, 16 if args.small else 400)
         for turn in range(1 if args.small else args.repeat):
-            for processes, own in times.items():
-                out = root / f"exp{processes}.{turn}"
-                argv = command(args.recipe, root, out, processes, changes)
+            for (processes, batches), own in times.items():
+                out = root / f"exp{processes}.{batches}.{turn}"
+                argv = command(args.recipe, root, out, processes, batches, changes)
                 own.append(seconds(argv, out, cores[:processes]))
-    one, two = (median(own) for own in times.values())
     print(f"load before: {load:.1f}; cores: {len(cores)}\n")
-    print("| processes | updates/s | shares/s |\n|-|-:|-:|")
-    print(f"| 1 | {1 / one:.2f} | {1 / one:.2f} |\n| 2 | {1 / two:.2f} | {2 / two:.2f} |")
-    print(f"\n{2 * one / two:.2f} times the shares a second")
+    print("| batches an update | 1 process, updates/s | 2 | to 1 | to 1 with half as much |")
+    print("|-|-:|-:|-:|-:|")
+    rows = []
+    for size in sizes:
+        one, two = (median(times[processes, size]) for processes in (1, 2))
+        half = median(times[1, size // 2]) if size // 2 in sizes else None
+        rows.append({"batches": size, "1": times[1, size], "2": times[2, size], "to 1": one / two})
+        rows[-1]["to half"] = half and 2 * half / two
+        beside = f"{2 * half / two:.2f}" if half else "–"
+        print(f"| {size} | {1 / one:.2f} | {1 / two:.2f} | {one / two:.2f} | {beside} |")
     if args.json:
-        found = {"machine": machine(), "load": load, "seconds": times, "ratio": 2 * one / two}
+        found = {"machine": machine(), "load": load, "rows": rows}
         args.json.write_text(json.dumps(found, indent=1))
 
 
