@@ -27,7 +27,7 @@ from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import SAVED_AS, PLModel
 from espnet_pl.bridge.owner import Owner
 from espnet_pl.methods.base import ConfigError
-from espnet_pl.parts.ranks import gather, leave, rank, several, total
+from espnet_pl.parts.ranks import by_first, gather, leave, rank, several, total
 from espnet_pl.parts.signals import AGAIN, SIGNALS
 
 
@@ -95,15 +95,7 @@ class Keeper:
 
     def __enter__(self) -> "Keeper":
         self.owner, self.before = None, {}
-        problem = None
-        if rank() == 0:
-            try:
-                self.owner = Owner(self.folder)
-                checkpoints.tidy(self.folder)
-            except ConfigError as error:
-                problem = str(error)
-        if problem := next(filter(None, gather(problem)), None):
-            raise ConfigError(problem)
+        by_first(self._own)
         if threading.current_thread() is threading.main_thread():
             for sign in SIGNALS:
                 self.before[sign] = signal.signal(sign, self._note)
@@ -116,20 +108,9 @@ class Keeper:
             self.owner.leave()
 
     def newest(self, resume: bool) -> bool:
-        """Whether there is a whole checkpoint to go on from; rank 0 looks for all."""
-        found = problem = None
-        if rank() == 0:
-            try:
-                if resume:
-                    found = checkpoints.newest(self.folder)
-                else:
-                    checkpoints.put_aside(self.folder)
-            except ConfigError as error:
-                problem = str(error)
-        found, problem = gather((found, problem))[0]
-        if problem:
-            raise ConfigError(problem)
-        return found is not None
+        """Whether there is a whole checkpoint to go on from."""
+        look = checkpoints.newest if resume else checkpoints.put_aside
+        return by_first(lambda: look(self.folder)) is not None
 
     def resume(self, reporter: Any, scaler: Any, device: str, strict: bool) -> None:
         """Bring the run back to where its checkpoint is.
@@ -215,33 +196,33 @@ class Keeper:
         begin = time.monotonic()
         ours = {"random": _random(), "reports": _reports(self.train) if self.step else None}
         ranks = gather({**ours, "method": self._other_than_first()})
-        problem = None
-        if rank() == 0:
-            try:
-                self.owner.check()
-                parameters = self.model.named_parameters()
-                states = {
-                    "model": self.model.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                    "schedulers": [s.state_dict() if s else None for s in self.schedulers],
-                    "scaler": self.scaler.state_dict() if self.scaler else None,
-                    "gradients": {name: p.grad for name, p in parameters if p.grad is not None},
-                    "reporter": self.epochs,
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "ranks": ranks,
-                    "traits": self.traits,
-                }
-                checkpoints.write(states, self.folder / checkpoints.NAME)
-            except (OSError, RuntimeError) as error:
-                problem = error
-        if problem := next(filter(None, gather(problem)), None):
-            raise problem
+        by_first(lambda: self._write(ranks))
         self.saved = (self.epoch, self.step)
         self.interval.begin(self._update())
         logging.info(
             f"saved update {self.step} of epoch {self.epoch} in {time.monotonic() - begin:.2f} s"
         )
+
+    def _own(self) -> None:
+        self.owner = Owner(self.folder)
+        checkpoints.tidy(self.folder)
+
+    def _write(self, ranks: list[dict[str, Any]]) -> None:
+        self.owner.check()
+        parameters = self.model.named_parameters()
+        states = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [s.state_dict() if s else None for s in self.schedulers],
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "gradients": {name: p.grad for name, p in parameters if p.grad is not None},
+            "reporter": self.epochs,
+            "epoch": self.epoch,
+            "step": self.step,
+            "ranks": ranks,
+            "traits": self.traits,
+        }
+        checkpoints.write(states, self.folder / checkpoints.NAME)
 
     def _note(self, number: int, _) -> None:
         self.stopped_by = signal.Signals(number).name

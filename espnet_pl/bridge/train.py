@@ -8,8 +8,6 @@ changes what an earlier one said, key by key also inside ``…_conf``.
 import argparse
 import functools
 import inspect
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ import yaml
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.distributed_utils import get_rank, get_world_size
 
-from espnet_pl.bridge import batching, compat, processes, teaching
+from espnet_pl.bridge import batching, checkpoints, compat, processes, teaching
 from espnet_pl.bridge.keeping import Interval
 from espnet_pl.bridge.merge import merge
 from espnet_pl.bridge.task import task_of
@@ -104,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output_dir is None:
         raise ConfigError("--output_dir is needed")
     merged = Path(output_dir) / "train.yaml"
-    _write(merged, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    merged.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    # At once: every rank of a distributed job writes it, and reads it again.
+    checkpoints.replace(merged, lambda new: new.write_text(text, encoding="utf-8"))
     args = parser.parse_args(["--config", str(merged), *rest])
     if args.num_processes > 1 and not args.collect_stats:  # which ESPnet does not share out
         processes.run(args.num_processes, args.ngpu, words)
@@ -122,14 +123,6 @@ def _of_ranks(args: argparse.Namespace) -> list[str]:
         # Else it refuses several tasks on a node, also where it is not to start processes.
         found += ["--dist_rank", str(get_rank(None, "slurm"))]
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    """At once: every rank of a distributed job writes it, and reads it again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _read(path: str | Path) -> dict[str, Any]:

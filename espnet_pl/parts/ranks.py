@@ -7,7 +7,7 @@ import atexit
 import os
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -68,6 +68,20 @@ def gather(mine: Any) -> list[Any]:
         sent[LENGTH:][: len(data)] = data
         held = [rows.cpu() for rows in _all(sent.to(_device()))]
     return [pickle.loads(rows[LENGTH:][:size].numpy().tobytes()) for rows, size in zip(held, sizes)]
+
+
+def by_first(what: Callable[[], Any]) -> Any:
+    """What the first rank gets of something that it alone does; all raise what it raises."""
+    got = problem = None
+    if rank() == 0:
+        try:
+            got = what()
+        except Exception as error:
+            problem = error
+    got, problem = gather((got, problem))[0]
+    if problem:
+        raise problem
+    return got
 
 
 def _all(mine: Tensor) -> list[Tensor]:

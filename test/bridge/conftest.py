@@ -69,28 +69,38 @@ DECODER = {
 }
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """data/{labelled,unlabelled,dev} under a folder, and a token list."""
-    root = tmp_path_factory.mktemp("corpus")
+def make_corpus(root, unlabelled, sound):
+    """data/{labelled,unlabelled,dev} under a folder, and a token list.
+
+    Args:
+        unlabelled: how many utterances.
+        sound: samples of one, from a generator of random numbers.
+    """
     rng = np.random.default_rng(0)
-    for name, size in (("labelled", 8), ("unlabelled", 10), ("dev", 3)):
+    for name, size in (("labelled", 8), ("unlabelled", unlabelled), ("dev", 3)):
         folder = root / "data" / name
         folder.mkdir(parents=True)
         lines = {"wav.scp": [], "text": [], "speech_shape": []}
         for i in range(size):
-            utt_id, samples = f"{name}{i:02d}", int(rng.integers(4000, 6000))
+            utt_id, samples = f"{name}{i:02d}", sound(rng)
             wav = folder / f"{utt_id}.wav"
-            soundfile.write(wav, 0.1 * rng.standard_normal(samples), 8000)
+            soundfile.write(wav, samples, 8000)
             lines["wav.scp"].append(f"{utt_id} {wav}")
             lines["text"].append(f"{utt_id} {' '.join(rng.choice(list('ABC'), 3))}")
-            lines["speech_shape"].append(f"{utt_id} {samples}")
+            lines["speech_shape"].append(f"{utt_id} {len(samples)}")
         for file, content in lines.items():
             if (name, file) == ("unlabelled", "text"):
                 file = "truth"
             (folder / file).write_text("\n".join(content) + "\n")
     (root / "tokens.txt").write_text("<blank>\n<unk>\nA\nB\nC\n<sos/eos>\n")
     return root
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Noise of half a second and more."""
+    root = tmp_path_factory.mktemp("corpus")
+    return make_corpus(root, 10, lambda rng: 0.1 * rng.standard_normal(rng.integers(4000, 6000)))
 
 
 @pytest.fixture

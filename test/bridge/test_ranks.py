@@ -8,13 +8,12 @@ own rank, in stock ESPnet, too.
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 import yaml
 from espnet2.train.distributed_utils import free_port
 
 from espnet_pl.methods.base import config_of, methods, module_of
-from test.bridge.conftest import ASR, DECODER, TRANSDUCER
+from test.bridge.conftest import ASR, DECODER, TRANSDUCER, make_corpus
 from test.bridge.models import arpa_file, model_folder
 from test.bridge.ranks import Broken, Ranks, started_by, train
 from test.bridge.test_train import weights
@@ -117,26 +116,14 @@ LOGGED = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """As the one of ``conftest``, with utterances of the same length."""
-    root = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for name, size in (("labelled", 8), ("unlabelled", 8), ("dev", 3)):
-        folder = root / "data" / name
-        folder.mkdir(parents=True)
-        lines = {"wav.scp": [], "text": [], "speech_shape": [], "truth": []}
-        for i in range(size):
-            utt_id, wav = f"{name}{i:02d}", folder / f"{i}.wav"
-            pitch = rng.choice([300, 900, 2000, 3500], 4).repeat(1000)  # labels shall meet
-            tones = np.sin(2 * np.pi * pitch * np.arange(4000) / 8000)
-            soundfile.write(wav, 0.3 * tones + 0.03 * rng.standard_normal(4000), 8000)
-            lines["wav.scp"].append(f"{utt_id} {wav}")
-            lines["text"].append(f"{utt_id} {' '.join(rng.choice(list('ABC'), 3))}")
-            lines["speech_shape"].append(f"{utt_id} 4000")
-        lines["truth"] = lines["text"]
-        for file, content in lines.items():
-            (folder / file).write_text("\n".join(content) + "\n")
-    (root / "tokens.txt").write_text("<blank>\n<unk>\nA\nB\nC\n<sos/eos>\n")
-    return root
+    """As the one of ``conftest``, of utterances of the same length."""
+
+    def sound(rng):
+        pitch = rng.choice([300, 900, 2000, 3500], 4).repeat(1000)  # labels shall meet
+        tones = np.sin(2 * np.pi * pitch * np.arange(4000) / 8000)
+        return 0.3 * tones + 0.03 * rng.standard_normal(4000)
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"), 8, sound)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from espnet_pl.parts.ranks import (
     SMALL,
     averages,
     before,
+    by_first,
     gather,
     mean_gradients,
     of_all_ranks,
@@ -51,6 +52,9 @@ def _rank(rank, world, path, results):
     assert gather(rank) == [*range(world)]
     for size in (SMALL, 3 * SMALL):  # of the last rank: more than is sent at once
         assert gather("x" * rank * size) == ["", "x" * size]
+    assert by_first(lambda: f"of {rank}") == "of 0"
+    with pytest.raises(ValueError, match="of 0"):
+        by_first(lambda: int(f"of {rank}"))
     results[rank] = parts(rank, weight)
     nothing = torch.tensor([torch.nan, 6.0][rank])  # the first rank has none
     numbers = {"loss": torch.tensor(2.0 + 3 * rank), "rare": nothing, "never": nothing * torch.nan}
