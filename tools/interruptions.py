@@ -13,10 +13,12 @@ The same training, shorter (``--options``), is made once undisturbed; then again
 and gone on with, until it was disturbed so often.  Counted are the checkpoints that were lost, the
 updates that were made again, and the finished trainings that are not bit by bit the undisturbed
 one: in weights, method (teacher, cache), optimiser, schedule, models of epochs, and what is logged
-of every update.  ``--record`` writes the counts to a file.
+of every update.  A training whose only checkpoint was damaged must be refused.  ``--record`` writes
+the counts to a file.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -262,12 +264,15 @@ def _disturbed(options: argparse.Namespace, words: list[str], folder: Path) -> d
     counts = {
         "method": options.exp.name, "mode": options.mode, "options": options.options,
         "seed": options.seed, "disturbed": 0, "happened": Counter(), "again_most": 0,
-        "updates_a_training": len(made), "finished": 0, "wrong": [],
+        "updates_a_training": len(made), "finished": 0, "refused": 0, "wrong": [],
     }  # fmt: skip
+    trainings = itertools.count()
     while counts["disturbed"] < options.times and len(counts["wrong"]) < 20:
-        parts = folder / f"parts{counts['finished']}"
+        parts = folder / f"parts{next(trainings)}"
         last, damaged = 0, False
         while True:
+            path = parts / checkpoints.NAME
+            kept, alone = path.exists(), not checkpoints.previous(path).exists()
             run = Run(words, parts)
             last_time = counts["disturbed"] >= options.times
             what = "done" if last_time else disturb(options.mode, run, parts, draw, pause)
@@ -276,7 +281,10 @@ def _disturbed(options: argparse.Namespace, words: list[str], folder: Path) -> d
             text = run.text()
             at = GOING_ON.search(text)
             at = number((int(at[2]), int(at[1])), per_epoch) if at else 0
-            if last and not at and (parts / checkpoints.NAME).exists():
+            if damaged and alone and "no checkpoint is whole" in text:  # as it should
+                counts["refused"] += 1
+                break
+            if kept and not at:
                 counts["wrong"].append(f"{parts.name}: not gone on with")
             counts["again_most"] = max(counts["again_most"], last - at)
             if damaged and "the one before" not in text and at:
@@ -291,12 +299,13 @@ def _disturbed(options: argparse.Namespace, words: list[str], folder: Path) -> d
             counts["disturbed"] += 1
             counts["happened"][what] += 1
             try:
-                if what not in ("damaged",) and (parts / checkpoints.NAME).exists():
-                    checkpoints.read(parts / checkpoints.NAME)
+                if what != "damaged" and path.exists():
+                    checkpoints.read(path)
             except checkpoints.DamagedError as error:
                 counts["wrong"].append(f"{parts.name}: lost: {error}")
-        counts["finished"] += 1
-        counts["wrong"] += [f"{parts.name}: {what}" for what in differences(whole, parts)]
+        if what == "done":
+            counts["finished"] += 1
+            counts["wrong"] += [f"{parts.name}: {what}" for what in differences(whole, parts)]
         print(f"{counts['disturbed']} of {options.times}: {dict(counts['happened'])}", flush=True)
         subprocess.run(["rm", "-r", str(parts)], check=True)
     return counts

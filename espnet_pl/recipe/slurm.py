@@ -1,13 +1,11 @@
 """Jobs in Slurm, submitted with submitit and waited for.
 
-``conf/slurm.conf`` says, in the syntax of Kaldi and ESPnet, how a job's needs become options of
-sbatch.  The queue keeps a job when this driver ends, and the marker knows its number: the same
-call finds it again.  Nothing here needs Slurm's accounting.
+The queue keeps a job when this driver ends, and the marker knows its number: the same call finds it
+again.  Nothing here needs Slurm's accounting.
 """
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -22,13 +20,10 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
 from espnet_pl.recipe import local, markers, progress, slurm_job, task
 from espnet_pl.recipe.job import Job, LaunchError
+from espnet_pl.recipe.slurm_conf import Conf, exports
 
-CONF = Path("conf/slurm.conf")
-NOTICE = "--signal=B:USR2@120"  # to the batch script only, so many seconds before the time limit
 GRACE = 5.0  # seconds a final state must last: for a requeue, and for files to appear
 MISSED = 3  # looks in which nobody knows a job before it is taken as lost
-# What a job needs when it needs nothing special: a file that does not mention it is right.
-NOTHING = {"gpu": "0", "num_threads": "1", "num_nodes": "1"}
 # Why a job is still in the queue, where it is nothing to worry about.
 USUAL = ("None", "Priority", "Resources", "BeginTime", "Cleaning", "(null)", "")
 WHY = {
@@ -45,44 +40,8 @@ WHY = {
 FINAL = ("COMPLETED", "FAILED", *WHY)
 
 
-def parse(path: Path) -> tuple[list[str], dict, dict]:
-    """A file in Kaldi's syntax: the command, what options become, values of those not given."""
-    command, options, default = ["sbatch"], {}, {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        text = re.sub(r"(^|\s+)#.*", "", line).strip()
-        if not text:
-            continue
-        if found := re.fullmatch(r"command\s+(.+)", text):
-            command = shlex.split(found[1])
-        elif found := re.fullmatch(r"option\s+([^=\s]+)=(\S+)(?:\s+(.*))?", text):
-            options[found[1], found[2]] = found[3] or ""
-        elif found := re.fullmatch(r"default\s+([^=\s]+)=(\S+)", text):
-            default[found[1]] = found[2]
-        else:
-            raise LaunchError(
-                f"{path}:{number}: not understood: {line.strip()}\nThere is: command sbatch ...; "
-                "option NAME=VALUE ...; option NAME=* ... $0; default NAME=VALUE"
-            )
-    return command, options, default
-
-
-class Site:
-    """How jobs are submitted here.
-
-    Args:
-        extra: more options for sbatch, in one string; they come after the file's, and win.
-        conf: the file, if another.
-    """
-
-    def __init__(self, extra: str = "", conf: Path = CONF):
-        if not conf.exists():
-            raise LaunchError(f"--cmd slurm: no {conf}; copy it from another recipe")
-        self.conf = conf
-        self.command, self.options, self.default = parse(conf)
-        try:
-            self.extra = shlex.split(extra)
-        except ValueError as error:
-            raise LaunchError(f"--slurm_opts {extra}: {error}") from None
+class Site(Conf):
+    """How jobs are submitted here."""
 
     def refuse_without_slurm(self) -> None:
         """Refuses a machine that cannot submit."""
@@ -92,46 +51,6 @@ class Site:
                 f"--cmd slurm: no {' and no '.join(lost)} here; go to a machine that submits to "
                 "Slurm, or use --cmd local"
             )
-
-    def lines(self, job: Job) -> list[str]:
-        """Options of sbatch for a job."""
-        name = re.sub(r"\W+", "_", job.name)
-        needs = {"name": name, "gpu": job.gpus, "num_threads": job.cpus, "num_nodes": job.nodes}
-        lines = [" ".join(self.command[1:])] if self.command[1:] else []
-        for key, value in {**self.default, **{k: str(v) for k, v in needs.items()}}.items():
-            text = self.options.get((key, value), self.options.get((key, "*")))
-            if text is not None:
-                lines.append(text.replace("$0", value))
-            elif key == "name":
-                lines.append(f"--job-name {value}")
-            elif NOTHING.get(key) != value:
-                raise LaunchError(
-                    f"{job.name} needs {key}={value}, and {self.conf} does not say how to ask for "
-                    f"it: add 'option {key}=* ... $0'"
-                )
-        if job.tasks > 1:
-            lines.append(f"--ntasks-per-node {job.tasks}")
-        lines = [line for line in lines if line] + ([shlex.join(self.extra)] if self.extra else [])
-        given = " ".join(lines)
-        # Node failures and preemption put a job back, unless the site says otherwise.
-        lines += [] if "--requeue" in given or "--no-requeue" in given else ["--requeue"]
-        lines += [] if "--signal" in given else [NOTICE]
-        log = str(job.log).replace("%", "%%")  # Slurm's patterns begin with it
-        return [*lines, f"--output {shlex.quote(log)} --open-mode append"]
-
-    def script(self, job: Job) -> str:
-        """A batch script, submitted as it stands: by hand, in the recipe's folder."""
-        if job.here:
-            return job.shell()
-        several = job.nodes * job.tasks > 1
-        starter = shlex.join([*(slurm_job.srun(job) if several else []), *job.argv])
-        notice = [] if job.resumes else [NOTICE]  # which would end what cannot save
-        lines = [f"#SBATCH {line}" for line in self.lines(job) if line not in notice]
-        lines += [_export(name, value) for name, value in [*_kept(), *job.env.items()]]
-        return "\n".join(
-            [f"mkdir -p {job.log.parent} && sbatch <<'SBATCH'", "#!/usr/bin/env bash", *lines,
-             ". ./path.sh", f"exec {starter}", "SBATCH"]
-        )  # fmt: skip
 
     def devices(self, wanted: int) -> list[str]:
         """As many as anybody wants: jobs wait for them in Slurm's queue, not here."""
@@ -211,10 +130,9 @@ class Executor(SlurmExecutor):
         super().__init__(folder, python=f"exec {shlex.quote(sys.executable)}")
         self.sbatch = list(sbatch)
         root = shlex.quote(str(Path(__file__).parents[2]))
-        kept = [_export(name, value) for name, value in _kept()]
         setup = [
             "trap '' USR2",  # until Python is there to hear it
-            *kept,
+            *exports({}),
             "[ ! -e path.sh ] || . ./path.sh || exit 1",
             f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         ]
@@ -416,21 +334,8 @@ def _alive(before: Mapping) -> tuple[str, str] | None:
     return None if state in FINAL else (number, state)
 
 
-def _export(name: str, value: str) -> str:
-    return f"export {name}={shlex.quote(value)}"
-
-
 def _number(folder: str) -> Path:
     return Path(folder) / "id"
-
-
-def _kept() -> Iterator[tuple[str, str]]:
-    """Variables that local/data.sh knows; a site's --export need not mention them."""
-    corpus = Path.cwd().parent.name.upper()
-    for name, value in os.environ.items():
-        ours = name == "local_data_opts" or name.startswith(("ESPNET_PL_", f"{corpus}_"))
-        if (ours or name == corpus) and name.isidentifier():
-            yield name, value
 
 
 @contextlib.contextmanager

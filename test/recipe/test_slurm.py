@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from espnet_pl.recipe import launch, markers, slurm, slurm_job, task
+from espnet_pl.recipe import launch, markers, slurm, slurm_conf, slurm_job, task
 from espnet_pl.recipe.launch import Job, LaunchError
 from test.bridge import conftest as bridge
 from test.bridge.test_train import same
@@ -207,7 +207,7 @@ def test_a_file_of_a_site_is_understood():
         "command  mysbatch --export=ALL --no-requeue --signal=B:USR2@300\n"
     )
     one, eight = shell("a", "true", gpus=1), shell("a", "true", gpus=8)
-    assert slurm.parse(_written(conf))[0][0] == "mysbatch"
+    assert slurm_conf.parse(_written(conf))[0][0] == "mysbatch"
     assert "-p small --gres=gpu:1" in lines(one) and "-p large -G 8" in lines(eight)
     assert "--time 4:00:00" in lines(one)
     assert "--requeue" not in lines(one).split() and "USR2@120" not in lines(one)
