@@ -110,6 +110,8 @@ def test_proposals(bench):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen by Linux's call")
 def test_ranks(bench):
     printed, result = bench("ranks")
-    times = result["seconds"]
-    assert set(times) == {"1", "2"} and all(value > 0 for own in times.values() for value in own)
-    assert f"{result['ratio']:.2f} times" in printed and result["ratio"] > 0
+    one, two = result["rows"]
+    assert (one["batches"], two["batches"]) == (1, 2) and one["to half"] is None
+    assert all(min(*row["1"], *row["2"]) > 0 for row in (one, two))
+    assert two["to half"] == pytest.approx(2 * one["1"][0] / two["2"][0])
+    assert f"| {two['to 1']:.2f} | {two['to half']:.2f} |" in printed

@@ -3,14 +3,14 @@
     PYTHONPATH=. python tools/bench/ranks.py [--recipe egs/mini_alnum/pl1] [--json FILE]
 
 The model and the slimIPL of a recipe, through ESPnet's trainer, on noise of one to two seconds that
-is made for it.  An update, which two processes share out between them, has as much speech as the
-recipe says, and --batches times as much (a power of two): what an update costs whatever it hears is
-not shared out.  Two processes also compare with one that hears half as much in an update, as each
-of them does.  Both are ratios of the speech heard in a second, 2 at best.
+is made for it.  Two processes share the batches of an update: as much speech as the recipe says,
+and --batches times as much, for what an update costs whatever it hears is not shared.  They also
+compare with one process that hears half as much in an update, as each of the two does.  Both are
+ratios of the speech heard in a second, 2 at best.
 
-They take turns, --repeat times.  Time is that of the wall, of the median of a
-training's epochs but for the first: no start, no validation.  Other work on the machine makes it
-worthless: the load before the first run is printed, too.
+They take turns, --repeat times.  Time is that of the wall, of the median of a training's epochs
+once its cache is full: no start, no validation.  Other work on the machine makes it worthless: the
+load before the first run is printed, too.
 """
 
 import json
@@ -28,6 +28,7 @@ import yaml
 from common import ROOT, machine, parser
 
 RATE = 8000
+FILLING = 2  # epochs in which the cache is not full
 
 
 def corpus(folder: Path, utterances: int) -> None:
@@ -78,25 +79,25 @@ def seconds(argv: list[str], out: Path, cores: list[int]) -> float:
     if done.returncode:
         raise SystemExit(f"the training failed:\n{done.stderr[-2000:]}")
     reporter = torch.load(out / "checkpoint.pth", weights_only=False)["reporter"]["stats"]
-    return median(reporter[epoch]["train"]["train_time"] for epoch in sorted(reporter)[1:])
+    return median(reporter[epoch]["train"]["train_time"] for epoch in sorted(reporter)[FILLING:])
 
 
 def main() -> None:
     """Measure, print, and write what was measured."""
     options = parser(__doc__, 3, "trainings of each kind")
     options.add_argument("--recipe", type=Path, default=ROOT / "egs/mini_alnum/pl1")
-    options.add_argument("--batches", type=int, default=2, help="of the recipe, in one update")
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 2, 16], help="of an update")
     options.add_argument("--small", action="store_true", help="to see that it runs")
     args = options.parse_args()
     own = yaml.safe_load((args.recipe / "conf/asr.yaml").read_text(encoding="utf-8"))
-    changes = {"max_epoch": 4, "num_iters_per_epoch": 30, "batch_bins": own["batch_bins"]}
+    changes = {"max_epoch": FILLING + 3, "num_iters_per_epoch": 12, "batch_bins": own["batch_bins"]}
     if args.small:
-        changes = {"max_epoch": 2, "num_iters_per_epoch": 3, "batch_bins": 30000}
+        changes = {"max_epoch": FILLING + 1, "num_iters_per_epoch": 3, "batch_bins": 30000}
+        args.batches = [1, 2]
     cores = sorted(os.sched_getaffinity(0))[:2]
     load = os.getloadavg()[0]
-    sizes = [1, *(2**i for i in range(1, args.batches.bit_length()))]
     times: dict[tuple[int, int], list[float]] = {
-        (processes, batches): [] for batches in sizes for processes in (1, 2)
+        (processes, batches): [] for batches in args.batches for processes in (1, 2)
     }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -110,9 +111,9 @@ def main() -> None:
     print("| batches an update | 1 process, updates/s | 2 | to 1 | to 1 with half as much |")
     print("|-|-:|-:|-:|-:|")
     rows = []
-    for size in sizes:
+    for size in args.batches:
         one, two = (median(times[processes, size]) for processes in (1, 2))
-        half = median(times[1, size // 2]) if size // 2 in sizes else None
+        half = median(times[1, size // 2]) if size / 2 in args.batches else None
         rows.append({"batches": size, "1": times[1, size], "2": times[2, size], "to 1": one / two})
         rows[-1]["to half"] = half and 2 * half / two
         beside = f"{2 * half / two:.2f}" if half else "–"
