@@ -90,6 +90,7 @@ class Keeper:
         self.epochs = {"epoch": 0, "stats": {}}  # the trainer's reports of those that are over
         self.epoch, self.step, self.train = 1, 0, None  # where the run is; reports of this epoch
         self.mine: dict[str, Any] = {}  # what the checkpoint knows of this rank, once
+        self.random: dict[str, Any] | None = None  # before a validation, which is begun anew
         self.saved: tuple[int, int] = (1, 0)  # where it was; a new run has nothing to save
         self.stopped_by: str | None = None
 
@@ -165,6 +166,7 @@ class Keeper:
             try:
                 batch = next(batches)
             except StopIteration:
+                self.random = _random()  # ESPnet's transducer also validates with dropout
                 return
             yield batch
             self.step += 1
@@ -177,6 +179,7 @@ class Keeper:
             try:
                 batch = next(batches)
             except StopIteration:
+                self.random = None
                 return
             yield batch
 
@@ -194,7 +197,10 @@ class Keeper:
     def save(self) -> None:
         """Write the checkpoint of where the run is; all ranks take part."""
         begin = time.monotonic()
-        ours = {"random": _random(), "reports": _reports(self.train) if self.step else None}
+        ours = {
+            "random": self.random or _random(),
+            "reports": _reports(self.train) if self.step else None,
+        }
         ranks = gather({**ours, "method": self._other_than_first()})
         by_first(lambda: self._write(ranks))
         self.saved = (self.epoch, self.step)

@@ -11,7 +11,7 @@ from espnet_pl.bridge.keeping import Interval
 from espnet_pl.bridge.model import PLModel
 from espnet_pl.bridge.train import ConfigError, load_config, main
 from espnet_pl.methods.base import methods
-from test.bridge.conftest import ASR
+from test.bridge.conftest import ASR, TRANSDUCER
 from test.bridge.test_train import SMALL, conf_of, same, teacher_of
 
 
@@ -104,6 +104,18 @@ def test_all_that_decides_an_update_is_kept(changes, until_done, arguments, corp
     for name in ("model", "optimizers", "schedulers", "gradients"):
         assert same(whole[name], parts[name]), name
     assert bool(whole["gradients"]) == ("accum_grad" in changes)
+
+
+def test_a_validation_that_draws_numbers_is_begun_anew(until_done, arguments, caplog):
+    """ESPnet's transducer has the dropout of its auxiliary CTC layer in validations, too."""
+    caplog.set_level("INFO")
+    drops = {"auxiliary_ctc_weight": 0.3, "auxiliary_ctc_dropout_rate": 0.5}
+    changes = {"base": TRANSDUCER | {"model_conf": drops}, "method_conf": SMALL}
+    main(arguments("slimipl", "whole", **changes))
+    expected = lines(caplog.text)
+    caplog.clear()
+    assert until_done(arguments("slimipl", "parts", **changes), _6=signal.SIGTERM) == 1
+    assert lines(caplog.text) == expected
 
 
 class Killed(Exception):
