@@ -27,7 +27,7 @@ from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import SAVED_AS, PLModel
 from espnet_pl.bridge.owner import Owner
 from espnet_pl.methods.base import ConfigError
-from espnet_pl.parts.ranks import by_first, gather, leave, rank, several, total
+from espnet_pl.parts.ranks import by_first, gather, leave, rank, several
 from espnet_pl.parts.signals import AGAIN, SIGNALS
 
 
@@ -238,12 +238,8 @@ class Keeper:
 
     def _look(self, at_start: bool) -> None:
         """Save if it is time, and end the process if it was told to; all ranks do the same."""
-        due, stopped_by = at_start or self.interval.over(self._update()), self.stopped_by
-        if several():  # by the clock of the first; a number of each, for this is done in each step
-            device = next(self.model.parameters()).device
-            mine = [due and rank() == 0, stopped_by is not None]
-            due, stop = total(torch.tensor(mine, dtype=torch.long, device=device)).tolist()
-            stopped_by = stopped_by or ("a signal to another process" if stop else None)
+        said = gather((at_start or self.interval.over(self._update()), self.stopped_by))
+        due, stopped_by = said[0][0], next((by for _, by in said if by), None)  # the first's clock
         if (due or stopped_by) and self.saved != (self.epoch, self.step):
             self.save()
         if stopped_by:
