@@ -69,11 +69,13 @@ def label(
     network = loaded.network.to(device)
     speech, bins = _Speech(wav, config), batch_bins or config.get("batch_bins") or 1_000_000
     output.mkdir(parents=True, exist_ok=True)
+    meta = teaching.meta(loaded, config, list(lengths))
     known = _known(
         output / "known.pt",
+        meta,
         lambda: method.survey(settings, network, _sample(speech, lengths, bins, device)),
     )
-    meta = teaching.meta(loaded, config, list(lengths)) | ({"known": _hash(known)} if known else {})
+    meta |= {"known": _hash(known)} if known else {}
     own = sorted(lengths, key=lambda utt_id: (-lengths[utt_id], utt_id))[shard[0] - 1 :: shard[1]]
     with Writer(output, *shard, meta) as writer, torch.no_grad():
         todo = [utt_id for utt_id in own if utt_id not in writer.done]
@@ -140,10 +142,15 @@ def _sample(
             yield speech.read(batch, device)
 
 
-def _known(path: Path, find: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _known(
+    path: Path, meta: Mapping[str, Any], find: Callable[[], Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
     """What a method knows of the speech as a whole: found by the shard that is first, kept for all.
 
     A shard that comes late finds it in the folder; of two at the same time one is first.
+
+    Raises:
+        StoreError: it is of another teacher, other settings or other speech than ``meta`` says.
     """
     if not path.exists():
         with torch.no_grad():
@@ -151,11 +158,17 @@ def _known(path: Path, find: Callable[[], Mapping[str, torch.Tensor]]) -> dict[s
         if not found:
             return {}
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-        torch.save(dict(found), temporary)
+        torch.save({"meta": dict(meta), "found": dict(found)}, temporary)
         with contextlib.suppress(FileExistsError):  # another shard was quicker: its findings count
             os.link(temporary, path)
         temporary.unlink()
-    return torch.load(path, weights_only=True)
+    kept = torch.load(path, weights_only=True)
+    other = [name for name in meta if kept["meta"].get(name) != meta[name]]
+    if other:
+        raise StoreError(
+            f"{path} was learnt with another {', '.join(other)}: give another folder, or remove it"
+        )
+    return kept["found"]
 
 
 def _hash(known: Mapping[str, torch.Tensor]) -> str:

@@ -176,7 +176,7 @@ def test_shards_and_a_second_call(ask, teacher, caplog, monkeypatch):
 def test_what_is_known_of_all_speech_is_found_once(ask, train, teacher, monkeypatch):
     settings = {"units": "clusters", "clusters": 4}
     store = ask(teacher, "--shard", "1/2", method="csl", **settings)
-    known = torch.load(store / "known.pt", weights_only=True)
+    known = torch.load(store / "known.pt", weights_only=True)["found"]
     assert list(known) == ["centres"] and len(known["centres"]) == 4
     monkeypatch.setattr(csl.Method, "survey", lambda *_: pytest.fail("learnt again"))
     ask(teacher, "--shard", "2/2", method="csl", **settings)
@@ -186,16 +186,26 @@ def test_what_is_known_of_all_speech_is_found_once(ask, train, teacher, monkeypa
     train("--teacher_store", str(store), method="csl", method_conf=settings)
 
 
+def test_what_is_known_with_other_settings_is_refused(ask, teacher):
+    settings = {"units": "clusters", "clusters": 4}
+    store = ask(teacher, "--shard", "1/2", method="csl", **settings)
+    for path in store.iterdir():  # stopped before its first record was kept
+        if path.name != "known.pt":
+            path.unlink()
+    with pytest.raises(StoreError, match="known.pt was learnt with another asked: give another"):
+        ask(teacher, "--shard", "1/2", method="csl", **settings | {"clusters": 3})
+
+
 def test_of_two_shards_that_learn_at_once_one_counts(tmp_path):
     path = tmp_path / "known.pt"
 
     def late():
-        assert label._known(path, lambda: {"a": torch.ones(2)})["a"].tolist() == [1, 1]
+        assert label._known(path, {}, lambda: {"a": torch.ones(2)})["a"].tolist() == [1, 1]
         return {"a": torch.zeros(2)}
 
-    assert label._known(path, late)["a"].tolist() == [1, 1]
+    assert label._known(path, {}, late)["a"].tolist() == [1, 1]
     assert [file.name for file in tmp_path.iterdir()] == ["known.pt"]
-    assert label._known(tmp_path / "none.pt", dict) == {}
+    assert label._known(tmp_path / "none.pt", {}, dict) == {}
     assert not (tmp_path / "none.pt").exists()
 
 
