@@ -19,6 +19,7 @@ setup(
         "jaxtyping",
         "jiwer",
         "rapidfuzz",
+        "safetensors",
         "scikit-learn",
         "soundfile",
         "submitit",

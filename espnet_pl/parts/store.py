@@ -1,13 +1,12 @@
 """What a teacher said of each utterance, on disk: made once, read in every epoch of every run.
 
 A folder holds one SQLite file per shard, ``records.<i>of<n>.sqlite``: an utterance is there as a
-whole or not at all, whenever the writer was killed.  A row is a zlib-compressed npz with a
-checksum; beside the rows stands, in JSON, what the records are of.  Nothing is read before it is
-asked for.
+whole or not at all, whenever the writer was killed.  A row is safetensors' file, compressed by
+zlib, with a checksum; beside the rows stands, in JSON, what the records are of.  Nothing is read
+before it is asked for.
 """
 
 import contextlib
-import io
 import json
 import re
 import sqlite3
@@ -17,12 +16,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import torch
+from safetensors.torch import load, save
 
 from espnet_pl.parts.cache import Record
 
-FORMAT = 1
+FORMAT = 2
 TABLES = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT)",
     "CREATE TABLE IF NOT EXISTS records (utt_id TEXT PRIMARY KEY, payload BLOB, checksum INTEGER)",
@@ -258,23 +256,10 @@ def _checksum(utt_id: str, payload: bytes) -> int:
 
 
 def _packed(record: Record) -> bytes:
-    """Tensors by ``dtype name``: numpy has no bfloat16, and takes some names for its own."""
-    arrays = {}
-    for name, tensor in record.items():
-        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        kind = str(tensor.dtype).removeprefix("torch.")
-        arrays[f"{kind} {name}"] = np.asarray(bits.numpy(force=True), order="C")
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    # Whole, and not array by array as numpy does: headers are most of a small record.
-    return zlib.compress(file.getvalue(), level=3)
+    # As copies: safetensors takes no two tensors that share their memory.
+    alone = {name: x.detach().cpu().clone().contiguous() for name, x in record.items()}
+    return zlib.compress(save(alone), level=3)
 
 
 def _unpacked(payload: bytes) -> Record:
-    record = {}
-    with np.load(io.BytesIO(zlib.decompress(payload)), allow_pickle=False) as arrays:
-        for key in arrays.files:
-            kind, _, name = key.partition(" ")
-            tensor = torch.from_numpy(arrays[key])
-            record[name] = tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor
-    return record
+    return load(zlib.decompress(payload))

@@ -1,5 +1,8 @@
 """A recipe in miniature: noise for speech, letters for tokens, the real ESPnet around it."""
 
+import json
+import shlex
+
 import numpy as np
 import pytest
 import soundfile
@@ -124,3 +127,14 @@ def arguments(corpus, tmp_path):
         return [*argv, "--truth", str(corpus / "data/unlabelled/truth")]
 
     return make
+
+
+@pytest.fixture
+def exp(arguments, tmp_path):
+    """A folder that says how its training is done: slimipl's, a small one."""
+    folder = tmp_path / "exp"
+    folder.mkdir()
+    settings = {"capacity": 2, "unlabelled": 2, "replace": 0.5}
+    command = ["python3", "-m", "espnet_pl.bridge.train", *arguments("slimipl", "exp", settings)]
+    (folder / "train.job.json").write_text(json.dumps({"shell": shlex.join(command)}))
+    return folder

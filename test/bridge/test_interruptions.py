@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,17 +16,6 @@ from tools import interruptions
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = "--max_epoch 2 --save_interval 2"
-SMALL = {"capacity": 2, "unlabelled": 2, "replace": 0.5}
-
-
-@pytest.fixture
-def exp(arguments, tmp_path):
-    """A folder that says how its training is done."""
-    folder = tmp_path / "exp"
-    folder.mkdir()
-    command = ["python3", "-m", "espnet_pl.bridge.train", *arguments("slimipl", "exp", SMALL)]
-    (folder / "train.job.json").write_text(json.dumps({"shell": shlex.join(command)}))
-    return folder
 
 
 def run(mode, exp, work, times, more=""):

@@ -52,7 +52,7 @@ def test_everything_comes_back(tmp_path):
             writer.put(utt_id, record)
         writer.finish()
     reader = Reader(tmp_path / "deep/er", META)
-    assert len(reader) == len(made) and reader.meta == META | {"format": 1}
+    assert len(reader) == len(made) and reader.meta == META | {"format": 2}
     assert all(equal(reader.get(utt_id), record) for utt_id, record in made.items())
     assert "a" in reader and "zz" not in reader
     assert reader.missing(["x", *made, "y"]) == ["x", "y"]

@@ -115,3 +115,10 @@ def test_ranks(bench):
     assert all(min(*row["1"], *row["2"]) > 0 for row in (one, two))
     assert two["to half"] == pytest.approx(2 * one["1"][0] / two["2"][0])
     assert f"| {two['to 1']:.2f} | {two['to half']:.2f} |" in printed
+
+
+def test_store(bench):
+    printed, result = bench("store", "--repeat", "50")
+    assert [*result["rows"]] == ["the store", "numpy", "torch"]
+    assert result["rows"]["the store"]["ratio"] == 1.0 and "| numpy |" in printed
+    assert all(row["bytes"] > 100 and row["write"] > 0 for row in result["rows"].values())
