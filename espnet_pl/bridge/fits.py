@@ -14,10 +14,9 @@ FREE = {
     "patience", "keep_nbest_models", "nbest_averaging_interval", "save_interval", "num_att_plot",
     "create_graph_in_tensorboard", "detect_anomaly", "local_rank", "sharded_ddp", "ddp_comm_hook",
     "unused_parameters", "gradient_as_bucket_view", "truth", "iterator_type", "required",
-    "num_processes", "distributed",
+    "num_processes", "distributed", "use_matplotlib", "use_tensorboard", "use_tf32", "use_wandb",
 }  # fmt: skip
-FREE_PREFIXES = ("dist_", "multiprocessing_", "log_", "use_", "wandb_", "cudnn_", "collect_")
-DECIDE = {"use_amp", "use_preprocessor", "use_adapter", "use_lang_prompt", "use_nlp_prompt"}
+FREE_PREFIXES = ("dist_", "multiprocessing_", "log_", "wandb_", "cudnn_", "collect_")
 
 
 def traits(args: argparse.Namespace) -> dict[str, str]:
@@ -25,7 +24,7 @@ def traits(args: argparse.Namespace) -> dict[str, str]:
     return {
         name: _spell(value)
         for name, value in sorted(vars(args).items())
-        if name in DECIDE or not (name in FREE or name.startswith(FREE_PREFIXES))
+        if not (name in FREE or name.startswith(FREE_PREFIXES))
     }
 
 

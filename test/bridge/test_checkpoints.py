@@ -184,7 +184,7 @@ def options(tmp_path):
 @pytest.mark.parametrize(
     "change, names",
     [
-        (dict(max_epoch=9, ngpu=2, dist_rank=0), ""),
+        (dict(max_epoch=9, ngpu=2, dist_rank=0, use_tensorboard=True), ""),
         (dict(method="mpl"), "method: 'slimipl' -> 'mpl'"),
         (dict(method_conf={"capacity": 4}), "method_conf: .*3.* -> .*4"),
         (dict(token_list=["a"] * 300), "token_list: "),
