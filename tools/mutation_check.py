@@ -303,6 +303,12 @@ FAULTS = {
         "if True:",
         f"{BRIDGE}/test_label.py -k known",
     ),
+    "what waits for a failed job is not given up": Fault(
+        "espnet_pl/recipe/launch.py",
+        "if needs[job.name] & lost]",
+        "if False]",
+        "test/recipe/test_launch.py -k failure",
+    ),
     "a phase starts where its run does": Fault(
         "espnet_pl/recipe/config.py",
         '{"recipe": {"init": [*runs][-1]}}',

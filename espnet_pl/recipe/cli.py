@@ -143,7 +143,9 @@ def _stages(call: _Call, plan: stages.Plan) -> None:
         inits = {*needed} - _with_phases(call.chosen, runs)
         force = {job.name for job in jobs if args.force and _redone(job, inits)}
         history = [args.expdir, Path("log")]
-        launch.run(jobs, args.cmd, args.nj, args.dry_run, force, history, args.slurm_opts)
+        launch.run(
+            jobs, args.cmd, args.nj, args.dry_run, force, history, args.slurm_opts, args.keep_going
+        )
         if stage is stages.measure and not args.dry_run:
             table = stages.results(plan)
             print(table.read_text(encoding="utf-8").partition(f"\n## {report.DETAILS}")[0])
@@ -195,6 +197,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for flag, text in (
         ("--dry_run", "print the commands of all stages and touch nothing"),
         ("--force", "redo; an earlier training's folder is moved aside, never mixed"),
+        ("--keep_going", "after a failure, do what does not wait for the job that failed"),
     ):
         add(flag, nargs="?", const=True, default=False, type=_yes, metavar="true|false", help=text)
     words = [_underscored(word) for word in argv]

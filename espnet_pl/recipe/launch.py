@@ -64,6 +64,7 @@ def run(
     force: Collection[str] = (),
     history: Iterable[Path] = (),
     opts: str = "",
+    keep_going: bool = False,
 ) -> list[str]:
     """Runs what is not up to date, up to ``nj`` jobs at a time; returns the names of what ran.
 
@@ -74,6 +75,7 @@ def run(
         force: names of jobs to run although they are up to date.
         history: folders with markers of earlier jobs, to say how long similar ones took.
         opts: more options of sbatch.
+        keep_going: after a failure, run all jobs that do not wait for the one that failed.
 
     Raises:
         LaunchError: a job could not run or failed; jobs that were running meanwhile have ended.
@@ -90,12 +92,13 @@ def run(
     times, show = progress.Times(history), progress.Display()
     todo, running, done, ran, current = list(jobs), [], set(), [], []
     due = set(force)  # to be run, known since what they wait for was there: asking reads files
-    failure: LaunchError | None = None
+    failures: dict[str, LaunchError] = {}
+    lost: set[str] = set()  # failed, or waits for what did
     with _Signals() as signals:
         while todo or running:
             before = len(todo) + len(running)
             for job in list(todo):
-                if failure is not None or signals.count or not needs[job.name] <= done:
+                if (failures and not keep_going) or signals.count or not needs[job.name] <= done:
                     continue
                 if job.name not in due and not job.why():
                     todo.remove(job)
@@ -110,7 +113,8 @@ def run(
                         running.append(there.start(job, own, job.name in force, times, show))
                         ran.append(job.name)
                     except LaunchError as error:
-                        failure = error
+                        failures[job.name] = error
+                        devices.extend(own)
             if signals.count:
                 _stop(running, signals, show)
                 raise KeyboardInterrupt
@@ -121,8 +125,15 @@ def run(
                     child.finish()
                     done.add(child.job.name)
                 except LaunchError as error:
-                    failure = failure or error
-            if failure is not None and (todo or running):
+                    failures[child.job.name] = error
+                    if keep_going:
+                        show.line(f"FAILED: {child.job.name}; the others go on")
+            if failures and keep_going:
+                lost |= {*failures}
+                for job in [job for job in todo if needs[job.name] & lost]:
+                    todo.remove(job)
+                    lost.add(job.name)
+            elif failures and (todo or running):
                 if running and todo:
                     show.line(f"FAILED; waiting for {', '.join(c.job.name for c in running)}")
                 todo.clear()
@@ -132,11 +143,16 @@ def run(
             elif todo and len(todo) == before:
                 raise LaunchError(f"{todo[0].name} waits for a job that waits for it")
     if current:
-        names = ", ".join(current) if len(current) <= 4 else f"{len(current)} jobs"
-        show.line(f"up to date: {names}")
-    if failure is not None:
-        raise failure
+        show.line(f"up to date: {_named(current)}")
+    if failures:
+        if waiting := [job.name for job in jobs if job.name in lost - {*failures}]:
+            show.line(f"not run, as they wait for what failed: {_named(waiting)}")
+        raise LaunchError("\n".join(map(str, failures.values())))
     return ran
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{len(names)} jobs"
 
 
 def _stop(running: Sequence, signals: "_Signals", show: progress.Display) -> None:

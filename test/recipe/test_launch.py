@@ -46,6 +46,35 @@ def test_failure_names_the_signal_and_what_is_not_written():
         launch.run([Job("d", ("./no-such-program",), Path("d.log"))])
 
 
+def test_a_failure_stops_what_waits_for_it_or_all_there_is():
+    jobs = [
+        shell("bad", "exit 3", outputs=(Path("a"),)),
+        shell("worse", "exit 4"),
+        shell("after", "touch b", inputs=(Path("a"),), outputs=(Path("b"),)),
+        shell("last", "touch c", inputs=(Path("b"),), outputs=(Path("c"),)),
+        shell("good", "echo 1 > d", outputs=(Path("d"),)),
+        shell("next", "cat d > e", inputs=(Path("d"),), outputs=(Path("e"),)),
+    ]
+    with pytest.raises(LaunchError, match=r"bad failed .*exit code 3") as error:
+        launch.run(jobs)
+    assert "exit code 4" not in str(error.value) and not Path("d").exists()
+    with pytest.raises(LaunchError, match=r"(?s)bad failed .*exit code 3.*worse failed.*code 4"):
+        launch.run(jobs, keep_going=True)
+    assert Path("e").exists() and not Path("b").exists() and not Path("c").exists()
+
+
+def test_what_is_lost_to_a_failure_is_said(capsys):
+    jobs = [
+        shell("bad", "exit 3", outputs=(Path("a"),)),
+        shell("after", "touch b", inputs=(Path("a"),), outputs=(Path("b"),)),
+    ]
+    with pytest.raises(LaunchError):
+        launch.run(jobs, keep_going=True)
+    printed = capsys.readouterr().out
+    assert "FAILED: bad; the others go on" in printed
+    assert "not run, as they wait for what failed: after" in printed
+
+
 def test_files_give_the_order():
     first = shell("first", "sleep 0.3; echo 1 > a", outputs=(Path("a"),))
     second = shell("second", "cat a > b", inputs=(Path("a"),), outputs=(Path("b"),))
