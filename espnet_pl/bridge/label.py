@@ -29,7 +29,7 @@ from espnet2.train.preprocessor import CommonPreprocessor
 from espnet_pl.bridge import teachers, teaching
 from espnet_pl.bridge.train import load_config
 from espnet_pl.methods.base import ConfigError, Utterances, config_of, module_of
-from espnet_pl.parts.store import Reader, StoreError, Writer
+from espnet_pl.parts.store import Reader, StoreError, Writer, same
 
 COMMIT_EVERY = 5.0  # seconds; so much is lost when it is killed
 REPORT_EVERY = 20.0  # seconds
@@ -163,11 +163,7 @@ def _known(
             os.link(temporary, path)
         temporary.unlink()
     kept = torch.load(path, weights_only=True)
-    other = [name for name in meta if kept["meta"].get(name) != meta[name]]
-    if other:
-        raise StoreError(
-            f"{path} was learnt with another {', '.join(other)}: give another folder, or remove it"
-        )
+    same(path, kept["meta"], meta)
     return kept["found"]
 
 

@@ -60,7 +60,7 @@ class Writer:
                 self._db.execute(table)
             own, there = _json({**meta, "format": FORMAT}), _meta(self._db)
             if there:
-                _same(self.path, there, own)
+                same(self.path, there, own)
             for key in {} if there else own:
                 self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, json.dumps(own[key])))
             self.done = {utt_id for (utt_id,) in self._db.execute("SELECT utt_id FROM records")}
@@ -120,9 +120,9 @@ class Reader:
                 self._count += _complete(path, db)
                 meta = _meta(db)
             expected = _json({**expected, "format": FORMAT})
-            _same(path, {key: meta.get(key) for key in expected}, expected)
+            same(path, {key: meta.get(key) for key in expected}, expected)
             self.meta = self.meta or meta
-            _same(path, meta, self.meta)
+            same(path, meta, self.meta)
 
     def __len__(self) -> int:
         return self._count
@@ -201,7 +201,12 @@ def _meta(db: sqlite3.Connection) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in db.execute("SELECT key, value FROM meta")}
 
 
-def _same(path: Path, there: Mapping, wanted: Mapping) -> None:
+def same(path: Path, there: Mapping, wanted: Mapping) -> None:
+    """Refuses a file that is of something else.
+
+    Raises:
+        StoreError: names what differs, and both values.
+    """
     if found := list(_differences(dict(there), dict(wanted))):
         raise StoreError(
             f"{path}: made of something else: {'; '.join(found[:5])}. Give another folder, or "
