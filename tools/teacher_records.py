@@ -10,11 +10,13 @@ others: where these are shorter, to say more; where they are longer, to say less
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from espnet_pl.data.kaldi import read_scp
 from espnet_pl.parts.cache import Record
 from espnet_pl.parts.store import Reader
 
@@ -25,16 +27,17 @@ def by_place(records: Iterable[Record]) -> list[tuple[int, float, float]]:
     Raises:
         ValueError: records without a score of each hypothesis, ``log_p``.
     """
-    rows: list[list[tuple[int, float]]] = []
+    rows: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for record in records:
         if "log_p" not in record:
             raise ValueError("these records have no scores of hypotheses, log_p: another method's?")
         w = record["log_p"].double().softmax(0)
         for place, row in enumerate(zip(record["lengths"].tolist(), w.tolist())):
-            rows += [[]] if place == len(rows) else []
             rows[place].append(row)
-    means = (torch.tensor(row, dtype=torch.float64).mean(0).tolist() for row in rows)
-    return [(len(row), tokens, w) for row, (tokens, w) in zip(rows, means)]
+    of_places = [rows[place] for place in range(len(rows))]
+    return [
+        (len(own), *torch.tensor(own, dtype=torch.float64).mean(0).tolist()) for own in of_places
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,8 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", type=Path, help="a folder with wav.scp: whose records")
     args = parser.parse_args(argv)
     reader = Reader(args.store)
-    lines = (args.data / "wav.scp").read_text(encoding="utf-8").splitlines()
-    utterances = [line.split(maxsplit=1)[0] for line in lines]
+    utterances = read_scp(args.data / "wav.scp")
     print(f"{args.store}, {len(utterances)} utterances of {args.data}")
     print("place  utterances  tokens  posterior")
     for place, row in enumerate(by_place(reader.get(u) for u in utterances), 1):
