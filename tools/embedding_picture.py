@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from espnet_pl.bridge import teachers
+from espnet_pl.data.kaldi import read_scp
 from espnet_pl.losses.ctc import best_alignment
 from espnet_pl.methods.base import Utterances
 from espnet_pl.parts.frame_labels import FrameLabels, draw_of_segments, frame_labels
@@ -33,12 +34,9 @@ COLOURS = 10  # tokens, the most frequent ones
 
 def speech(folder: Path, utterances: int) -> Iterator[tuple[Utterances, list[str]]]:
     """The first utterances of a data folder, one by one, and their words."""
-    wav, text = (
-        dict(line.split(maxsplit=1) for line in (folder / name).read_text().splitlines())
-        for name in ("wav.scp", "text")
-    )
+    wav, text = (read_scp(folder / name) for name in ("wav.scp", "text"))
     for utt_id in sorted(wav)[:utterances]:
-        samples = torch.from_numpy(soundfile.read(wav[utt_id].strip(), dtype="float32")[0])
+        samples = torch.from_numpy(soundfile.read(wav[utt_id], dtype="float32")[0])
         yield Utterances([utt_id], samples[None], torch.tensor([len(samples)])), text[utt_id]
 
 
