@@ -6,13 +6,15 @@ A block of the page is written anew between its lines,
     <!-- table fsdd: against hard-10 on test: * -->   the same on other speech than the first set
     <!-- figure fsdd: blank_share frame_entropy: hard-none soft-none -->
     <!-- ladder fsdd: on test: hard full -->          cells X-hard, X-full of teachers teacher-X
+    <!-- ladder fsdd: on test less dev: hard full --> how many more errors they make here than there
     <!-- recovery fsdd: from continued to oracle on test: lm* -->     shares of an oracle's gain
     <!-- end -->
 
 everything else is left as it is.  A figure lies beside the page, with one panel for each quantity
 and one line for each cell: the mean of its seeds, and each seed thinly.  A ladder is a table, and a
 figure of students' errors against their teachers', with one line for each way to learn; differences
-are to the first.
+are to the first.  With ``less`` there is no figure, and a difference says whether a way to learn
+makes more of the difference between two kinds of speech.
 
 Usage: tools/study_page.py soft_pl
 """
@@ -49,30 +51,37 @@ def picked(cells: dict, patterns: str) -> list[str]:
     return [*dict.fromkeys(n for p in patterns.split() for n in cells if fnmatch.fnmatch(n, p))]
 
 
-def rate(records: dict[int, dict], sets: list[str]) -> list[float]:
-    """Word error rates in per cent, one for each seed."""
+def rate(records: dict[int, dict], sets: list[str], less: list[str] | None = None) -> list[float]:
+    """Word error rates in per cent, one for each seed; of ``sets`` less those of ``less``."""
     out = []
     for record in records.values():
         counts = np.array([row for test in sets for row in record["errors"][test].values()])
         out.append(100 * counts[:, 1:].sum() / counts[:, :3].sum())
-    return out
+    return out if not less else [a - b for a, b in zip(out, rate(records, less))]
 
 
 def interval(
-    mine: list[dict[int, dict]], base: list[dict[int, dict]], sets: list[str]
+    mine: list[dict[int, dict]],
+    base: list[dict[int, dict]],
+    sets: list[str],
+    less: list[str] | None = None,
 ) -> tuple[float, float, float, int] | None:
     """The difference in points, its 95 % interval, and of how many seeds; None without any.
 
-    Of several cells the errors are summed: [a, d] against [b, c] is (a - b) - (c - d).
+    Of several cells the errors are summed: [a, d] against [b, c] is (a - b) - (c - d).  With
+    ``less``, the difference on ``sets`` less that on ``less``, which is speech of other people.
     """
-    found = resampled([mine, base], sets)
-    if found is None:
-        return None
-    total, sums = found
-    n = len(total) // 2
-    low, high = measure.interval(sums[:, :n], sums[:, n : 2 * n], sums[:, -1])
-    mean = 100 * (total[:n].sum() - total[n : 2 * n].sum()) / (n * total[-1])
-    return float(mean), low, high, n
+    means, drawn, n = [], [], 0
+    for number, tests in enumerate([sets, less] if less else [sets]):
+        found = resampled([mine, base], tests, seed=number)
+        if found is None:
+            return None
+        total, sums = found
+        n = len(total) // 2
+        means.append(100 * (total[:n].sum() - total[n : 2 * n].sum()) / (n * total[-1]))
+        drawn.append(measure.differences(sums[:, :n], sums[:, n : 2 * n], sums[:, -1]))
+    low, high = np.percentile(drawn[0] - drawn[1] if less else drawn[0], [2.5, 97.5])
+    return float(means[0] - means[1] if less else means[0]), float(low), float(high), n
 
 
 def recovered(
@@ -94,7 +103,7 @@ def recovered(
 
 
 def resampled(
-    sides: list[list[dict[int, dict]]], sets: list[str]
+    sides: list[list[dict[int, dict]]], sets: list[str], seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Errors of each side's seeds, one side after the other, then words; None without common seeds.
 
@@ -115,7 +124,7 @@ def resampled(
     speakers = [*dict.fromkeys(drawn)] if len(drawn) == len(keys) else []
     clusters = np.array([speakers.index(s) for s in drawn] if speakers else range(len(keys)))
     counts = np.array([*columns, units], dtype=float).T
-    return counts.sum(axis=0), measure.resample(counts, clusters, measure.REPLICATES)
+    return counts.sum(axis=0), measure.resample(counts, clusters, measure.REPLICATES, seed)
 
 
 def last(records: dict[int, dict], name: str) -> float | None:
@@ -181,21 +190,29 @@ def recoveries(cells: dict, what: str, patterns: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def difference(mine: list[dict[int, dict]], base: list[dict[int, dict]], sets: list[str]) -> str:
+def difference(
+    mine: list[dict[int, dict]],
+    base: list[dict[int, dict]],
+    sets: list[str],
+    less: list[str] | None = None,
+) -> str:
     """``interval`` in words; nothing without seeds that both have."""
-    found = interval(mine, base, sets)
+    found = interval(mine, base, sets, less)
     if not found:
         return ""
     mean, low, high, n = found
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {measure.verdict(low, high, n)}"
 
 
-def ladder(cells: dict, what: str, suffixes: str, path: Path) -> str:
-    """Students by their teachers, the best one first; draws the picture too.
+def ladder(cells: dict, corpus: str, what: str, suffixes: str, path: Path) -> str:
+    """Students by their teachers, the best one first; draws the picture too, but with ``less``.
 
     The last column is how much worse the worst teacher makes them than the best one.
     """
-    sets = what.removeprefix("on").strip().split(",")
+    sets, less = (
+        [name for name in part.strip().split(",") if name]
+        for part in what.removeprefix("on").partition(" less ")[::2]
+    )
     worse = {name: np.mean(rate(cells[name], sets)) for name in picked(cells, "teacher-*")}
     teachers = sorted(worse, key=worse.get)
     ways = suffixes.split()
@@ -209,11 +226,11 @@ def ladder(cells: dict, what: str, suffixes: str, path: Path) -> str:
             if name not in cells:
                 row.append("–")
                 continue
-            rates = rate(cells[name], sets)
+            rates = rate(cells[name], sets, less)
             points[way].append((worse[teacher], np.mean(rates), rates))
             each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
             compared = way != ways[0] and base in cells
-            told = difference([cells[name]], [cells[base]], sets) if compared else ""
+            told = difference([cells[name]], [cells[base]], sets, less) if compared else ""
             row.append(f"**{np.mean(rates):.1f}**{each} {told}".strip())
         ends = [
             cells.get(f"{teacher.removeprefix('teacher-')}-{w}")
@@ -222,14 +239,17 @@ def ladder(cells: dict, what: str, suffixes: str, path: Path) -> str:
         ]
         if all(ends):
             worst, base_worst, best, base_best = ends
-            more = np.mean(rate(worst, sets)) - np.mean(rate(best, sets))
+            more = np.mean(rate(worst, sets, less)) - np.mean(rate(best, sets, less))
             compared = way != ways[0]
-            told = difference([worst, base_best], [best, base_worst], sets) if compared else ""
+            sides = [worst, base_best], [best, base_worst]
+            told = difference(*sides, sets, less) if compared else ""
             row.append(f"**{more:+.1f}** {told}".strip())
         else:
             row.append("–")
         lines.append(f"|{'|'.join(row)}|")
-    _draw_ladder(points, path)
+    if not less:
+        _draw_ladder(points, path)
+        lines.append(f"\n![{suffixes} on {corpus}, by teacher]({path.name})")
     return "\n".join(lines) + "\n"
 
 
@@ -306,11 +326,10 @@ def fill(study: str, folder: Path = FOLDER) -> None:
             return head + table(cells, what.strip(), patterns) + end
         if kind == "recovery":
             return head + recoveries(cells, what.strip(), patterns) + end
-        figures += 1
+        figures += " less " not in what
         path = folder / f"{study}_{figures}.png"
         if kind == "ladder":
-            lines = ladder(cells, what.strip(), patterns, path)
-            return f"{head}{lines}\n![{patterns} on {corpus}, by teacher]({path.name})\n{end}"
+            return head + ladder(cells, corpus.strip(), what.strip(), patterns, path) + end
         figure(cells, what, patterns, path)
         return f"{head}![{what} of {patterns} on {corpus}]({path.name})\n{end}"
 

@@ -73,15 +73,21 @@ def resample(
 
 
 def interval(run: np.ndarray, base: np.ndarray, units: np.ndarray, seed: int = 1) -> list[float]:
-    """The 95 % interval of the difference of two error rates, in points.
+    """The 95 % interval of the difference of two error rates, in points, of ``differences``."""
+    drawn = differences(run, base, units, seed)
+    return [float(value) for value in np.percentile(drawn, [2.5, 97.5])]
+
+
+def differences(run: np.ndarray, base: np.ndarray, units: np.ndarray, seed: int = 1) -> np.ndarray:
+    """Differences of two error rates, in points, of drawn speech and seeds: [replicates].
 
     Args:
         run: resampled errors, [replicates, s], one column per seed.
         base: the same of the other run, the same seeds in the same order.
         units: resampled reference units, [replicates].
+        seed: decides which seeds are drawn.
     """
-    differences = 100 * _drawn(run - base, seed) / np.maximum(units, 1)
-    return [float(value) for value in np.percentile(differences, [2.5, 97.5])]
+    return 100 * _drawn(run - base, seed) / np.maximum(units, 1)
 
 
 def recovery_interval(

@@ -124,6 +124,34 @@ def test_a_ladder_of_teachers(folder):
     assert "](soft_1.png)" in lines[7] and (folder / "soft_1.png").stat().st_size > 1000
 
 
+def test_a_ladder_of_the_difference_between_two_kinds_of_speech(folder):
+    near = {"teacher-good": 2, "good-hard": 4, "good-full": 4}
+    for cell, wrong in near.items():
+        for seed in (1, 2, 3):
+            of_seed = record(cell, seed, wrong)
+            more = 6 if cell == "good-full" else 12
+            of_seed["errors"]["far"] = record(cell, seed, wrong + more)["errors"]["dev"]
+            of_seed["speakers"]["far"] = None
+            path = folder / f"data/soft/toy.{cell}.{seed}.json"
+            path.write_text(json.dumps(of_seed))
+    block = "<!-- ladder toy: on {}: hard full -->\n<!-- end -->\n"
+    (folder / "soft.md").write_text(block.format("far less dev"))
+    page.fill("soft", folder)
+    lines = (folder / "soft.md").read_text().splitlines()
+    assert lines[1] == "|student|teacher-good: 14.0 %|last − first|"
+    assert lines[3] == "|hard|**12.0** (12.0, 12.0, 12.0)|**+0.0**|"
+    assert lines[4].startswith("|full|**6.0** (6.0, 6.0, 6.0) -6.0 [") and "] better|" in lines[4]
+    assert lines[5] == "<!-- end -->" and not list(folder.glob("soft_*.png"))
+    # Each kind of speech is drawn by itself: nothing is certain where only one of them differs.
+    cells = page.read("soft", folder)["toy"]
+    sides = [cells["good-full"]], [cells["good-hard"]]
+    assert page.interval(*sides, ["dev"])[1:3] == (0.0, 0.0)
+    far, both = (page.interval(*sides, ["far"], less)[:3] for less in (None, ["dev"]))
+    assert far == both and far[1] < -6 < far[2]
+    mean, low, high, _ = page.interval(*sides, ["far"], ["far"])
+    assert mean == 0 and low < 0 < high
+
+
 def test_how_much_of_an_oracles_gain_is_recovered(folder):
     cells = {"base": (10, 10, 11), "best": (2, 3, 3), "lm": (6, 7, 7), "worse": (12, 13, 13)}
     for cell, counts in cells.items():
