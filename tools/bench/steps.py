@@ -1,11 +1,15 @@
-"""What an update costs on labels from the cache, or made on the spot, beside a supervised one.
+"""What an update of each method costs, on labels of each kind, beside a supervised one.
 
-    PYTHONPATH=. python tools/bench/steps.py [--recipe egs/mini_alnum/pl1] [--json FILE]
+    PYTHONPATH=. python tools/bench/steps.py [--recipe RECIPE] [--run RUN] [--json FILE]
 
-The trained seed of a recipe (the README's first command makes the default's) and as much of its
-unlabelled speech as its configuration has in a batch.  An update is forward pass, backward pass,
-clipping and optimiser on that same speech: 'supervised' has the model's own words as transcripts,
-the others learn theirs by slimipl.  From a cache (p = 0.1) one batch in ten updates is labelled.
+The trained seed of a recipe (the README's first command makes the default's), or another run of it,
+and as much of its unlabelled speech as its configuration has in a batch.  An update is forward
+pass, backward pass, clipping and optimiser on that same speech: 'supervised' has the model's own
+words as transcripts.
+By slimipl the others learn theirs; from a cache (p = 0.1) one batch in ten updates is labelled.
+By csl and ce_pl they learn stored labels of frames, by lpm a beam of four, weighed by a language
+model (of conf/lm.yaml, untrained) that knows them or hears of them for the first time; by bljust
+the self-supervised task alone (exploration), or beside the same speech and its words (joint).
 
 Variants take turns, one update at a time, one thread.  Printed are the median of the processor time
 of an update, and the median of what it is of the supervised update beside it, over --repeat times
@@ -23,12 +27,15 @@ import soundfile
 import torch
 import yaml
 from common import ROOT, machine, parser, timed
+from espnet2.tasks.lm import LMTask
 
+from espnet_pl.bridge.language_models import NeuralLanguageModel
 from espnet_pl.bridge.model import PLModel
 from espnet_pl.bridge.recogniser import Recogniser
 from espnet_pl.bridge.task import PLTask
-from espnet_pl.methods.base import Batch, Utterances, build
+from espnet_pl.methods.base import Batch, Utterances, build, module_of
 from espnet_pl.parts.decoding import pad
+from espnet_pl.parts.language_model import Remembering
 from espnet_pl.parts.pseudo_labels import propose
 
 PERIOD = 10  # updates, in which p = 0.1 replaces one batch
@@ -36,39 +43,56 @@ CACHE, LIVE = {"capacity": 100}, {"capacity": 0}
 EMA = {"capacity": 0, "teacher": "ema"}
 SOFT, LATTICE = {"hard": 0.0, "soft": 1.0}, {"hard": 0.0, "lattice": 1.0}
 SEQUENCES = {"hard": 0.0, "sequences": 1.0}  # eight of them
+JOINT = {"explore": 0, "joint": 0, "gamma": 0.1, "norms_every": 0}
 VARIANTS = {
-    "supervised": None,
-    "hard, cache": CACHE,
-    "hard, live": LIVE,
-    "hard, moving average": EMA,
-    "hard, cache by changes": CACHE | {"replace_when": "changed"},
-    "sampled, moving average": EMA | {"label": "sampled"},
-    "soft, cache": CACHE | SOFT,
-    "soft, live": LIVE | SOFT,
-    "soft, moving average": EMA | SOFT,
-    "hypotheses, cache": CACHE | SEQUENCES,
-    "hypotheses, live": LIVE | SEQUENCES,
-    "occupancies, cache": CACHE | LATTICE,
-    "occupancies, live": LIVE | LATTICE,
+    "supervised": ("supervised", {}),
+    "hard, cache": ("slimipl", CACHE),
+    "hard, live": ("slimipl", LIVE),
+    "hard, moving average": ("slimipl", EMA),
+    "hard, cache by changes": ("slimipl", CACHE | {"replace_when": "changed"}),
+    "sampled, moving average": ("slimipl", EMA | {"label": "sampled"}),
+    "soft, cache": ("slimipl", CACHE | SOFT),
+    "soft, live": ("slimipl", LIVE | SOFT),
+    "soft, moving average": ("slimipl", EMA | SOFT),
+    "hypotheses, cache": ("slimipl", CACHE | SEQUENCES),
+    "hypotheses, live": ("slimipl", LIVE | SEQUENCES),
+    "occupancies, cache": ("slimipl", CACHE | LATTICE),
+    "occupancies, live": ("slimipl", LIVE | LATTICE),
+    "frames, classified": ("ce_pl", {}),
+    "frames, contrast": ("csl", {}),
+    "local prior, text known": ("lpm", {"proposal": "frozen"}),
+    "local prior, text new": ("lpm", {"proposal": "frozen"}),
+    "exploration": ("bljust", {"labelled": 0}),
+    "joint": ("bljust", JOINT),
 }
 
 
 class Learner:
     """A model of its own that is trained one way, always on the same speech."""
 
-    def __init__(self, net: torch.nn.Module, conf: dict | None, x: Utterances, other: Utterances):
+    def __init__(self, net: torch.nn.Module, which: str, x: Utterances, other: Utterances, text):
+        name, conf = VARIANTS[which]
         student = Recogniser(net)
-        method = build("slimipl" if conf else "supervised", conf or {}, student)
+        labels = [y or [1] for y in propose(student, x).labels]
+        self.labels = sum(map(len, labels))
+        resources = {}
+        if name in ("ce_pl", "csl"):
+            module = module_of(name)
+            records = module.Method.ask(module.Config(**conf), student, x)
+            resources = {"records": dict(zip(x.utt_id, records))}
+            resources["teacher_tokens"] = len(net.token_list)
+        elif name == "lpm":
+            resources = {"language_model": Remembering(text, 0.0 if "new" in which else 64.0)}
+        method = build(name, conf, student, resources)
         self.model = PLModel(student, method).train()
         self.optimiser = torch.optim.Adam(student.parameters(), lr=1e-5)
-        labels = [y or [1] for y in propose(student, x).labels]
-        text, lengths = pad(labels)
-        first = replace(x, text=text, text_lengths=lengths)
-        batch = Batch(unlabelled=x) if conf else Batch(labelled=first)
-        self.labels = sum(map(len, labels))
-        self.batches = [batch] * PERIOD
-        if conf and conf["capacity"]:
-            self.batches[0] = replace(batch, fresh=other)
+        y, lengths = pad(labels)
+        heard = {"unlabelled": x, "labelled": replace(x, text=y, text_lengths=lengths)}
+        if which != "joint":
+            del heard["unlabelled" if name == "supervised" else "labelled"]
+        self.batches = [Batch(**heard)] * PERIOD
+        if conf.get("capacity"):
+            self.batches[0] = Batch(**heard, fresh=other)
             method(student, Batch(fresh=x))
 
     def update(self, place: int) -> None:
@@ -86,14 +110,14 @@ def update(model: PLModel, optimiser: torch.optim.Optimizer, batch: Batch) -> No
     model.method.after_step(model.student)
 
 
-def trained(recipe: Path) -> tuple[torch.nn.Module, int]:
-    """The seed of a recipe, and the samples of a batch."""
-    folder = recipe / "exp/supervised/model"
+def trained(recipe: Path, run: str) -> tuple[torch.nn.Module, int]:
+    """A model of a recipe, and the samples of a batch."""
+    folder = recipe / "exp" / run / "model"
     net, args = PLTask.stock.build_model_from_file(folder / "config.yaml", folder / "model.pth")
     return net, args.batch_bins
 
 
-def random(recipe: Path) -> tuple[torch.nn.Module, int]:
+def random(recipe: Path, run: str) -> tuple[torch.nn.Module, int]:
     """The same without training, and a small batch."""
     conf = yaml.safe_load((recipe / "conf/asr.yaml").read_text(encoding="utf-8"))
     argv = ["--token_list", "<blank>", "--config", str(recipe / "conf/asr.yaml")]
@@ -101,6 +125,14 @@ def random(recipe: Path) -> tuple[torch.nn.Module, int]:
     args.token_list = ["<blank>", "<unk>", *"ABC", "<sos/eos>"]
     assert conf["batch_bins"] == args.batch_bins
     return PLTask.stock.build_model(args), 20000
+
+
+def language_model(recipe: Path, token_list: list[str]) -> NeuralLanguageModel:
+    """Of the recipe's kind, with weights that nothing has taught."""
+    options = ["--token_list", "<blank>", "--config", str(recipe / "conf/lm.yaml")]
+    args = LMTask.get_parser().parse_args(options)
+    args.token_list = token_list
+    return NeuralLanguageModel(LMTask.build_model(args))
 
 
 def speech(recipe: Path, samples: int) -> tuple[Utterances, Utterances]:
@@ -142,20 +174,22 @@ def main() -> None:
     options = parser(__doc__, 15, "times ten updates")
     options.add_argument("--only", nargs="+", default="*", help="patterns of variants: 'hard*'")
     options.add_argument("--recipe", type=Path, default=ROOT / "egs/mini_alnum/pl1")
+    options.add_argument("--run", default="supervised", help="of exp")
     options.add_argument("--small", action="store_true", help="to see that it runs")
     args = options.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net, samples = (random if args.small else trained)(args.recipe)
+    net, samples = (random if args.small else trained)(args.recipe, args.run)
     x, other = noise(samples) if args.small else speech(args.recipe, samples)
+    text = language_model(args.recipe, net.token_list)
     learners = {}
-    for name, conf in VARIANTS.items():
+    for name in VARIANTS:
         wanted = any(fnmatch.fnmatch(name, pattern) for pattern in args.only)
-        if conf and not wanted:
+        if name != "supervised" and not wanted:
             continue
-        copy = (random if args.small else trained)(args.recipe)[0]
+        copy = (random if args.small else trained)(args.recipe, args.run)[0]
         copy.load_state_dict(net.state_dict())
-        learners[name] = Learner(copy, conf, x, other)
+        learners[name] = Learner(copy, name, x, other, text)
         learners[name].update(0)  # chooses kernels
     seconds: dict[str, list[float]] = {name: [] for name in learners}
     for place in [*range(PERIOD)] * (1 if args.small else args.repeat):
