@@ -35,6 +35,7 @@ BLOCK = re.compile(
     r"(<!-- (table|figure|ladder|recovery) ([^:]+): ([^:]+): (.+?) -->\n).*?(<!-- end -->)", re.S
 )
 LAST = 100  # updates at the end of a training over which a quantity is averaged
+DIAGNOSTICS = ("student_blank_share", "student_frame_entropy", "label_error_rate")
 
 
 def read(study: str, folder: Path) -> dict[str, dict[str, dict[int, dict]]]:
@@ -138,35 +139,32 @@ def last(records: dict[int, dict], name: str) -> float | None:
 
 
 def table(cells: dict, what: str, patterns: str) -> str:
-    """One line for each cell."""
+    """One line for each cell; what no training has told is left out."""
     base, _, other = what.removeprefix("against").strip().partition(" on ")
-    any_record = next(iter(cells[picked(cells, patterns)[0]].values()))
+    names = picked(cells, patterns)
+    any_record = next(iter(cells[names[0]].values()))
     sets = other.split(",") if other else [next(iter(any_record["errors"]))]
-    heads = ["cell", f"{'+'.join(sets)} WER % (seeds)", f"against {base}", "blank share"]
-    heads += ["frame entropy", "label errors %", "first alarm", "updates", "s"]
+    ends = {cell: [last(cells[cell], name) for name in DIAGNOSTICS] for cell in names}
+    told = any(x is not None for of_cell in ends.values() for x in of_cell)
+    heads = ["cell", f"{'+'.join(sets)} WER % (seeds)", f"against {base}"]
+    heads += ["blank share", "frame entropy", "label errors %", "first alarm"] if told else []
+    heads += ["updates", "s"]
     lines = [f"|{'|'.join(heads)}|", "|---" * len(heads) + "|"]
-    for cell in picked(cells, patterns):
+    for cell in names:
         records = cells[cell]
         rates = rate(records, sets)
         each = f" ({', '.join(f'{r:.1f}' for r in rates)})" if len(rates) > 1 else ""
         compared = cell != base and base in cells
         differs = difference([records], [cells[base]], sets) if compared else ""
-        ends = [last(records, f"student_{name}") for name in ("blank_share", "frame_entropy")]
-        wrong = last(records, "label_error_rate")
-        numbers = [*("–" if x is None else f"{x:.3f}" for x in ends)]
-        numbers.append("–" if wrong is None else f"{100 * wrong:.1f}")
-        alarms = [str(min(r["alarms"])) if r["alarms"] else "–" for r in records.values()]
-        numbers.append(", ".join(alarms))
-        updates = "/".join(dict.fromkeys(str(r["updates"]) for r in records.values()))
-        seconds = np.mean([r["wall_s"] or np.nan for r in records.values()])
-        row = [
-            cell,
-            f"**{np.mean(rates):.1f}**{each}",
-            differs,
-            *numbers,
-            updates,
-            f"{seconds:.0f}",
-        ]
+        row = [cell, f"**{np.mean(rates):.1f}**{each}", differs]
+        if told:
+            *shares, wrong = ends[cell]
+            row += ["–" if x is None else f"{x:.3f}" for x in shares]
+            row.append("–" if wrong is None else f"{100 * wrong:.1f}")
+            alarms = [str(min(r["alarms"])) if r["alarms"] else "–" for r in records.values()]
+            row.append(", ".join(alarms))
+        row.append("/".join(dict.fromkeys(str(r["updates"]) for r in records.values())))
+        row.append(f"{np.mean([r['wall_s'] or np.nan for r in records.values()]):.0f}")
         lines.append(f"|{'|'.join(row)}|")
     return "\n".join(lines) + "\n"
 

@@ -70,6 +70,18 @@ def test_a_page_is_filled_and_left_alone_elsewhere(folder):
     assert (folder / "soft.md").read_text() == text
 
 
+def test_what_no_training_has_told_is_no_column(folder):
+    for path in (folder / "data/soft").glob("*.json"):
+        of_cell = json.loads(path.read_text())
+        of_cell["curves"]["train"] = {}
+        path.write_text(json.dumps(of_cell))
+    page.fill("soft", folder)
+    lines = (folder / "soft.md").read_text().splitlines()
+    head, line = (next(x for x in lines if x.startswith(f"|{name}|")) for name in ("cell", "hard"))
+    assert head == "|cell|dev WER % (seeds)|against hard|updates|s|"
+    assert line == "|hard|**6.0** (4.0, 6.0, 8.0)||200|60|"
+
+
 def test_intervals_are_those_of_the_tables_of_results(folder):
     cells = page.read("soft", folder)["toy"]
     mean, low, high, seeds = page.interval([cells["soft"]], [cells["hard"]], ["dev"])
