@@ -72,17 +72,16 @@ def interval(
     Of several cells the errors are summed: [a, d] against [b, c] is (a - b) - (c - d).  With
     ``less``, the difference on ``sets`` less that on ``less``, which is speech of other people.
     """
-    means, drawn, n = [], [], 0
-    for number, tests in enumerate([sets, less] if less else [sets]):
-        found = resampled([mine, base], tests, seed=number)
+    mean, drawn, n = 0.0, 0.0, 0
+    for seed, (sign, tests) in enumerate([(1, sets), (-1, less)] if less else [(1, sets)]):
+        found = resampled([mine, base], tests, seed)
         if found is None:
             return None
         total, sums = found
         n = len(total) // 2
-        means.append(100 * (total[:n].sum() - total[n : 2 * n].sum()) / (n * total[-1]))
-        drawn.append(measure.differences(sums[:, :n], sums[:, n : 2 * n], sums[:, -1]))
-    low, high = np.percentile(drawn[0] - drawn[1] if less else drawn[0], [2.5, 97.5])
-    return float(means[0] - means[1] if less else means[0]), float(low), float(high), n
+        mean += sign * 100 * (total[:n].sum() - total[n : 2 * n].sum()) / (n * total[-1])
+        drawn += sign * measure.differences(sums[:, :n], sums[:, n : 2 * n], sums[:, -1])
+    return float(mean), *measure.middle(drawn), n
 
 
 def recovered(
@@ -324,7 +323,7 @@ def fill(study: str, folder: Path = FOLDER) -> None:
             return head + table(cells, what.strip(), patterns) + end
         if kind == "recovery":
             return head + recoveries(cells, what.strip(), patterns) + end
-        figures += " less " not in what
+        figures += kind == "figure" or " less " not in what
         path = folder / f"{study}_{figures}.png"
         if kind == "ladder":
             return head + ladder(cells, corpus.strip(), what.strip(), patterns, path) + end

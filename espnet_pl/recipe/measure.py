@@ -74,7 +74,11 @@ def resample(
 
 def interval(run: np.ndarray, base: np.ndarray, units: np.ndarray, seed: int = 1) -> list[float]:
     """The 95 % interval of the difference of two error rates, in points, of ``differences``."""
-    drawn = differences(run, base, units, seed)
+    return middle(differences(run, base, units, seed))
+
+
+def middle(drawn: np.ndarray) -> list[float]:
+    """Between which values 95 % of the replicates are."""
     return [float(value) for value in np.percentile(drawn, [2.5, 97.5])]
 
 

@@ -43,14 +43,19 @@ def record(cell, seed, wrong, speakers=None):
     }  # fmt: skip
 
 
+def keep(folder, made):
+    """Write a record where the page looks for it."""
+    path = folder / f"data/soft/{made['corpus']}.{made['cell']}.{made['seed']}.json"
+    path.write_text(json.dumps(made))
+
+
 @pytest.fixture
 def folder(tmp_path):
     data = tmp_path / "data/soft"
     data.mkdir(parents=True)
     for cell, seeds in (("hard", {1: 4, 2: 6, 3: 8}), ("soft", {1: 14, 2: 16, 3: 18})):
         for seed, wrong in seeds.items():
-            path = data / f"toy.{cell}.{seed}.json"
-            path.write_text(json.dumps(record(cell, seed, wrong)))
+            keep(tmp_path, record(cell, seed, wrong))
     (tmp_path / "soft.md").write_text(TEXT)
     return tmp_path
 
@@ -122,8 +127,7 @@ def test_a_ladder_of_teachers(folder):
     wrong_of = {"teacher-good": 2, "teacher-bad": 12, "good-hard": 4, "bad-hard": 14}
     for cell, wrong in {**wrong_of, "good-full": 3, "bad-full": 8}.items():
         for seed in (1, 2, 3):
-            path = folder / f"data/soft/toy.{cell}.{seed}.json"
-            path.write_text(json.dumps(record(cell, seed, wrong + seed)))
+            keep(folder, record(cell, seed, wrong + seed))
     (folder / "soft.md").write_text("<!-- ladder toy: on dev: hard full new -->\n<!-- end -->\n")
     page.fill("soft", folder)
     lines = (folder / "soft.md").read_text().splitlines()
@@ -144,8 +148,7 @@ def test_a_ladder_of_the_difference_between_two_kinds_of_speech(folder):
             more = 6 if cell == "good-full" else 12
             of_seed["errors"]["far"] = record(cell, seed, wrong + more)["errors"]["dev"]
             of_seed["speakers"]["far"] = None
-            path = folder / f"data/soft/toy.{cell}.{seed}.json"
-            path.write_text(json.dumps(of_seed))
+            keep(folder, of_seed)
     block = "<!-- ladder toy: on {}: hard full -->\n<!-- end -->\n"
     (folder / "soft.md").write_text(block.format("far less dev"))
     page.fill("soft", folder)
@@ -168,8 +171,7 @@ def test_how_much_of_an_oracles_gain_is_recovered(folder):
     cells = {"base": (10, 10, 11), "best": (2, 3, 3), "lm": (6, 7, 7), "worse": (12, 13, 13)}
     for cell, counts in cells.items():
         for seed, wrong in enumerate(counts, 1):
-            path = folder / f"data/soft/toy.{cell}.{seed}.json"
-            path.write_text(json.dumps(record(cell, seed, wrong)))
+            keep(folder, record(cell, seed, wrong))
     block = "<!-- recovery toy: from base to {} on dev: lm worse -->\n<!-- end -->\n"
     (folder / "soft.md").write_text(block.format("best"))
     page.fill("soft", folder)
@@ -191,9 +193,7 @@ def test_how_much_of_an_oracles_gain_is_recovered(folder):
 
 
 def test_a_ladder_before_its_students(folder):
-    (folder / "data/soft/toy.teacher-good.1.json").write_text(
-        json.dumps(record("teacher-good", 1, 3))
-    )
+    keep(folder, record("teacher-good", 1, 3))
     (folder / "soft.md").write_text("<!-- ladder toy: on dev: new -->\n<!-- end -->\n")
     page.fill("soft", folder)
     assert "|new|–|–|" in (folder / "soft.md").read_text()
