@@ -20,6 +20,7 @@ Neither reading speech nor ESPnet's trainer is in it: both are the same for all.
 import fnmatch
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -117,7 +118,7 @@ def trained(recipe: Path, run: str) -> tuple[torch.nn.Module, int]:
     return net, args.batch_bins
 
 
-def random(recipe: Path, run: str) -> tuple[torch.nn.Module, int]:
+def random(recipe: Path) -> tuple[torch.nn.Module, int]:
     """The same without training, and a small batch."""
     conf = yaml.safe_load((recipe / "conf/asr.yaml").read_text(encoding="utf-8"))
     argv = ["--token_list", "<blank>", "--config", str(recipe / "conf/asr.yaml")]
@@ -179,7 +180,8 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net, samples = (random if args.small else trained)(args.recipe, args.run)
+    made = partial(random, args.recipe) if args.small else partial(trained, args.recipe, args.run)
+    net, samples = made()
     x, other = noise(samples) if args.small else speech(args.recipe, samples)
     text = language_model(args.recipe, net.token_list)
     learners = {}
@@ -187,7 +189,7 @@ def main() -> None:
         wanted = any(fnmatch.fnmatch(name, pattern) for pattern in args.only)
         if name != "supervised" and not wanted:
             continue
-        copy = (random if args.small else trained)(args.recipe, args.run)[0]
+        copy = made()[0]
         copy.load_state_dict(net.state_dict())
         learners[name] = Learner(copy, name, x, other, text)
         learners[name].update(0)  # chooses kernels
