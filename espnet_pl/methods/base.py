@@ -21,7 +21,8 @@ from espnet_pl.data.pairing import Pairing
 from espnet_pl.losses.transducer import Lattices
 from espnet_pl.parts.search import Proposal
 
-SHARED = ("base", "pseudo_labelling", "frame_labelling")  # files beside the methods that are none
+# Files beside the methods that are none.
+SHARED = ("base", "bilevel", "frame_labelling", "pseudo_labelling")
 
 
 class ConfigError(ValueError):

@@ -52,25 +52,17 @@ from espnet_pl.losses.prediction import (
     standardised,
 )
 from espnet_pl.methods import base
+from espnet_pl.methods.bilevel import Bilevel, BilevelConfig
 from espnet_pl.parts.gradients import compare, gradients, weighed
 from espnet_pl.parts.hiding import Bins, hide_future, hide_spans
 from espnet_pl.parts.ranks import before, gather, mean_gradients, together
-from espnet_pl.parts.schedule import ramp
 
 
 @dataclass(frozen=True)
-class Config:
-    """Fields that are not set keep these values; names of the authors' code beside them."""
+class Config(BilevelConfig):
+    """Fields that are not set keep these values."""
 
     labelled: int = 1  # 0: exploration only, which is pre-training
-    # Updates, in turn: so many of exploration, so many joint ones (0: all that follow).
-    explore: int = 4  # in passes                                pre_ep
-    joint: int = 1
-    gamma: float = 0.0  # γ_0                                    gamma_init
-    growth: float = 0.002  # of γ, in a joint update; an epoch   step_gam
-    gamma_max: float = 1.0  #                                    gamma_max
-    upper_weight: float = 1.0  # a, of the supervised loss
-    lower_weight: float = 1.0  # b, of the self-supervised one
     # What the encoder does not hear: all from a frame on, or spans.
     hide: Literal["future", "spans"] = "future"
     least_heard: float = 0.667  # share of an utterance before the future: 2 of 3 s
@@ -88,14 +80,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.labelled not in (0, 1):
             raise ValueError(f"labelled is {self.labelled}, it must be 0 or 1")
-        for name in ("gamma", "growth", "gamma_max", "norms_every"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
-        if self.gamma > self.gamma_max:
-            raise ValueError(f"gamma is {self.gamma}, more than gamma_max: {self.gamma_max}")
-        for name in ("upper_weight", "lower_weight", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be positive")
+        if self.norms_every < 0:
+            raise ValueError(f"norms_every is {self.norms_every}, it must not be negative")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}, it must be positive")
         for name in ("steps", "span", "out", "codes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
@@ -103,6 +91,7 @@ class Config:
             raise ValueError(f"least_heard is {self.least_heard}, it must lie in [0, 1)")
         if not 0.0 < self.share_hidden < 1.0:
             raise ValueError(f"share_hidden is {self.share_hidden}, it must lie in (0, 1)")
+        super().__post_init__()
         Method.pairing(self)
 
     @property
@@ -113,7 +102,7 @@ class Config:
         return lambda frames, width: hide_spans(frames, width, self.share_hidden, self.span)
 
 
-class Method(base.Method):
+class Method(Bilevel):
     """Two losses of one encoder."""
 
     requires = frozenset({"features", "inputs"})
@@ -131,8 +120,6 @@ class Method(base.Method):
             self.register_buffer("book", torch.randn(size, few))
         self.predictor = nn.Linear(student.feature_size, ahead * size)
         self.size = size
-        self.register_buffer("joint", torch.zeros((), dtype=torch.long))  # k, joint updates made
-        self.both = self.measured = False  # whether the present update is joint, and is measured
         self.supervised: base.Term | None = None  # its labelled half
 
     @classmethod
@@ -142,38 +129,30 @@ class Method(base.Method):
         return Pairing(unlabelled=1, together=True, explore=config.explore, joint=config.joint)
 
     @property
-    def gamma(self) -> float:
-        """γ of the present update."""
-        config = self.config
-        return ramp(config.gamma, config.growth, config.gamma_max, int(self.joint))
+    def measured(self) -> bool:
+        """Whether gradients are measured in the present update."""
+        every = self.config.norms_every
+        return self.both and every > 0 and int(self.joint) % every == 0
 
     def learns(self):
         embedding = [] if self.embedding is None else [*self.embedding.parameters()]
         return [*self.predictor.parameters(), *embedding]
 
     def forward(self, student, batch):
-        self.both = batch.labelled is not None and batch.unlabelled is not None
-        every = self.config.norms_every
-        self.measured = self.both and every > 0 and int(self.joint) % every == 0
         terms = super().forward(student, batch)
         self.supervised = None  # or its graph stays in memory
-        if self.both:
-            terms |= base.diagnostics({"gamma": self.gamma}, len(batch.unlabelled))
         return terms
 
     def labelled(self, student, x):
         terms = super().labelled(student, x)
-        loss = terms["supervised"]
-        self.supervised = loss
-        weight = self.config.upper_weight / max(1.0, self.gamma)
-        return terms | {"supervised": base.Term(loss.value, weight, loss.count)}
+        self.supervised = terms["supervised"]
+        return terms
 
     def unlabelled(self, student, x):
         heard = student.hear(x, self.config.hiding)
         encoded, frames = heard.features()
-        penalty = self.gamma / max(1.0, self.gamma) if self.both else 1.0
         # What goes back to the encoder is weighed; what the layers of the task learn is not.
-        features = weighed(encoded, penalty)
+        features = weighed(encoded, self.penalty)
         found, rows, frames = self.predict(features, frames, heard.inputs())
         loss = per_utterance(found.loss, rows, len(frames)).mean()
         terms = {"unsupervised": base.Term(loss, self.config.lower_weight, len(frames))}
@@ -233,7 +212,3 @@ class Method(base.Method):
         every = self.predictor(context).view(len(rows), self.config.steps, self.size)
         number = torch.arange(len(rows), device=rows.device)
         return rows, places, every[number, ahead[rows, places]]
-
-    def after_step(self, student):
-        super().after_step(student)
-        self.joint += self.both

@@ -88,6 +88,7 @@ CASES = {
     "bljust": ("bljust", "ctc", BLJUST),
     "bljust, batch": ("bljust", "attention", BLJUST | {"negatives": "batch"}),
     "bljust, codes": ("bljust", "transducer", BLJUST | SPANS),
+    "bljust_pl": ("bljust_pl", "ctc", {"explore": 1, "joint": 2, "gamma": 0.1, "growth": 0.2}),
 }
 CASES |= {name: (name, "ctc", {}) for name in methods() if name not in CASES}  # a new one
 # What is the same on all ranks, of what a method knows; and what must have changed in the end.
@@ -104,11 +105,13 @@ MOVES = {
     "bljust": ["predictor.weight", "embedding.weight", "joint"],
     "bljust, batch": ["predictor.weight", "embedding.weight", "joint"],
     "bljust, codes": ["predictor.weight", "joint"],
+    "bljust_pl": ["joint"],
 }
 NORMS = "gradient_upper", "gradient_lower", "gradient_cosine", "gamma"
 LOGGED = {
     "bljust": NORMS,
     "bljust, batch": NORMS,
+    "bljust_pl": ["gamma", "pseudo"],
     "csl": ["contrastive", "segments", "positives"],
     "slimipl, soft": ["pseudo", "pseudo_soft", "pseudo_token_entropy"],
 }
