@@ -9,7 +9,8 @@ words as transcripts.
 By slimipl the others learn theirs; from a cache (p = 0.1) one batch in ten updates is labelled.
 By csl and ce_pl they learn stored labels of frames, by lpm a beam of four, weighed by a language
 model (of conf/lm.yaml, untrained) that knows them or hears of them for the first time; by bljust
-the self-supervised task alone (exploration), or beside the same speech and its words (joint).
+the self-supervised task alone (exploration), or beside the same speech and its words (joint); by
+bljust_pl live pseudo-labels of the moving average in place of the task.
 
 Variants take turns, one update at a time, one thread.  Printed are the median of the processor time
 of an update, and the median of what it is of the supervised update beside it, over --repeat times
@@ -65,6 +66,7 @@ VARIANTS = {
     "local prior, text new": ("lpm", {"proposal": "frozen"}),
     "exploration": ("bljust", {"labelled": 0}),
     "joint": ("bljust", JOINT),
+    "joint, labels": ("bljust_pl", {"explore": 0, "joint": 0, "gamma": 0.1}),
 }
 
 
@@ -89,7 +91,7 @@ class Learner:
         self.optimiser = torch.optim.Adam(student.parameters(), lr=1e-5)
         y, lengths = pad(labels)
         heard = {"unlabelled": x, "labelled": replace(x, text=y, text_lengths=lengths)}
-        if which != "joint":
+        if not which.startswith("joint"):
             del heard["unlabelled" if name == "supervised" else "labelled"]
         self.batches = [Batch(**heard)] * PERIOD
         if conf.get("capacity"):
