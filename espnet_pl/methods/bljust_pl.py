@@ -9,7 +9,8 @@ Equation: with the student θ, and the moving average φ of it,
     a joint update goes along (a ∇L_sup + γ_k b λ ∇L_un) / max(1, γ_k) with a growing γ_k, one of
     exploration along b λ ∇L_un (methods/bilevel.py).  λ and what is learnt of ŷ, hard labels unless
     it is said otherwise, are those of all pseudo-labelling (methods/pseudo_labelling.py).
-    Both losses are nats of a transcript, so γ = 1 is as much of each.
+    Both losses are nats of a transcript, so γ = 1 is as much of each.  γ weighs gradients; what is
+    logged as ``loss`` is a/m · L_sup + b λ · L_un.
 Differs from the paper: the condition is on the whole model, not on its encoder, and moves with φ,
     which is a constant in each update: that L_un has a minimum which is one is not known here.
 Unverified: whether a growing weight is better than a constant one (growth: 0); see
@@ -24,6 +25,7 @@ from typing import ClassVar
 from espnet_pl.methods import base
 from espnet_pl.methods.bilevel import Bilevel, BilevelConfig
 from espnet_pl.methods.pseudo_labelling import OwnTeacher, PseudoLabellingConfig
+from espnet_pl.parts.gradients import weighed
 from espnet_pl.parts.teacher import Teacher
 
 
@@ -53,8 +55,9 @@ class Method(Bilevel, OwnTeacher):
         self.teacher = Teacher(student, config.decay, config.decay_warmup)
 
     def unlabelled(self, student, x):
-        share = self.config.lower_weight * self.penalty
-        return {
-            name: base.Term(term.value, share * term.weight, term.count)
-            for name, term in super().unlabelled(student, x).items()
-        }
+        terms = super().unlabelled(student, x)
+        for name, term in terms.items():
+            if term.weight:
+                value = weighed(term.value, self.penalty)
+                terms[name] = base.Term(value, self.config.lower_weight * term.weight, term.count)
+        return terms
