@@ -24,27 +24,22 @@ from typing import ClassVar
 
 from espnet_pl.methods import base
 from espnet_pl.methods.bilevel import Bilevel, BilevelConfig
-from espnet_pl.methods.pseudo_labelling import OwnTeacher, PseudoLabellingConfig
+from espnet_pl.methods.pseudo_labelling import OwnTeacher, OwnTeacherConfig
 from espnet_pl.parts.gradients import weighed
 from espnet_pl.parts.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Config(BilevelConfig, PseudoLabellingConfig):
+class Config(BilevelConfig, OwnTeacherConfig):
     """Fields that are not set keep these values."""
 
     together: ClassVar[bool] = True  # what every pairing of this method is
     unlabelled: ClassVar[int] = 1
     decay: float = 0.99  # α
-    decay_warmup: float = 0.0  # w of parts/teacher.py, in updates
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay is {self.decay}, it must lie in [0, 1]")
-        if self.decay_warmup < 0:
-            raise ValueError(f"decay_warmup is {self.decay_warmup}, it must not be negative")
         BilevelConfig.__post_init__(self)
-        PseudoLabellingConfig.__post_init__(self)
+        OwnTeacherConfig.__post_init__(self)
 
 
 class Method(Bilevel, OwnTeacher):

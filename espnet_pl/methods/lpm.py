@@ -37,7 +37,7 @@ import torch
 
 from espnet_pl.losses.distillation import posterior
 from espnet_pl.methods import base
-from espnet_pl.methods.pseudo_labelling import OwnTeacher, PseudoLabellingConfig
+from espnet_pl.methods.pseudo_labelling import OwnTeacher, OwnTeacherConfig
 from espnet_pl.parts.cache import Record
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.hypotheses import likeliest, shuffled
@@ -50,7 +50,7 @@ DROPPED = ("empty", "without_score", "same", "length", "no_text", "too_long")
 
 
 @dataclass(frozen=True)
-class Config(PseudoLabellingConfig):
+class Config(OwnTeacherConfig):
     """Fields that are not set keep these values; names of the released flags beside them."""
 
     labelled: int = 1  # N_L
@@ -63,8 +63,6 @@ class Config(PseudoLabellingConfig):
     length_band: float | None = 0.05  # b; None: any length     hyplenratiolb, hyplenratioub
     weights: Literal["lm", "uniform", "shuffled", "teacher_and_lm"] = "lm"
     proposal: Literal["better", "frozen", "ema"] = "better"  #  propupdate
-    decay: float = 0.999  # of the moving average
-    decay_warmup: float = 0.0  # w of parts/teacher.py, in updates
     label: Literal["best"] = "best"
 
     def __post_init__(self) -> None:
@@ -81,10 +79,6 @@ class Config(PseudoLabellingConfig):
             raise ValueError(f"kappa is {self.kappa}, it must not be negative")
         if self.length_band is not None and not 0 <= self.length_band < 1:
             raise ValueError(f"length_band is {self.length_band}, it must lie in [0, 1)")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay is {self.decay}, it must lie in [0, 1]")
-        if self.decay_warmup < 0:
-            raise ValueError(f"decay_warmup is {self.decay_warmup}, it must not be negative")
         super().__post_init__()
 
     def band(self, greedy: int) -> tuple[float, float]:

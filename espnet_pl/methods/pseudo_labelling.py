@@ -65,6 +65,21 @@ class PseudoLabellingConfig(Objectives):
         PseudoLabelling.pairing(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnTeacherConfig(PseudoLabellingConfig):
+    """Of a method whose teacher may be the student's moving average."""
+
+    decay: float = 0.999  # of the moving average; in slimIPL's code, slimIPL_ema_decay
+    decay_warmup: float = 0.0  # w of parts/teacher.py, in updates; in no paper
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay is {self.decay}, it must lie in [0, 1]")
+        if self.decay_warmup < 0:
+            raise ValueError(f"decay_warmup is {self.decay_warmup}, it must not be negative")
+        super().__post_init__()
+
+
 class Collapse(RuntimeError):
     """The student has collapsed, and the training was to end then."""
 

@@ -24,13 +24,13 @@ Cost: per unlabelled update one training pass, and p (with a cache) or 1 (withou
 from dataclasses import dataclass
 from typing import Literal
 
-from espnet_pl.methods.pseudo_labelling import OwnTeacher, PseudoLabellingConfig
+from espnet_pl.methods.pseudo_labelling import OwnTeacher, OwnTeacherConfig
 from espnet_pl.parts.schedule import set_dropout
 from espnet_pl.parts.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Config(PseudoLabellingConfig):
+class Config(OwnTeacherConfig):
     """Fields that are not set keep these values; names of the released flags beside them."""
 
     labelled: int = 1  # N_L                                   slimIPL_sup_updates
@@ -40,8 +40,6 @@ class Config(PseudoLabellingConfig):
     replace: float = 0.1  # p                                  slimIPL_cache_prob
     replace_when: Literal["random", "changed", "settled"] = "random"  # parts/evolution.py
     teacher: Literal["live", "ema", "frozen"] = "live"  #      slimIPL_ema
-    decay: float = 0.999  # of the moving average              slimIPL_ema_decay
-    decay_warmup: float = 0.0  # w of parts/teacher.py, in updates; not in the paper
     dropout: float | None = None  # before and during warm-up; None: as in the model's configuration
     dropout_after: float | None = None  # from the first pseudo-label on; 0.1
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from espnet_pl.methods.base import ConfigError, build, config_of
+from espnet_pl.methods.bljust_pl import Method
 from espnet_pl.parts.pseudo_labels import propose
 from test.toys import batch, speaking_student, utterances
 
@@ -92,9 +93,7 @@ def test_the_moving_average_labels_and_follows_in_both_kinds_of_updates():
 
 
 def test_labelled_speech_comes_in_joint_updates_only():
-    pairing = build("bljust_pl", {"explore": 3, "joint": 2}, speaking_student()).pairing(
-        config_of("bljust_pl", {"explore": 3, "joint": 2})
-    )
+    pairing = Method.pairing(config_of("bljust_pl", {"explore": 3, "joint": 2}))
     assert [pairing.explores(turn) for turn in range(6)] == [True] * 3 + [False] * 2 + [True]
     assert pairing.together and (pairing.labelled, pairing.unlabelled) == (1, 1)
 
