@@ -69,7 +69,7 @@ def test_ctc(bench):
 
 def test_steps(bench):
     printed, result = bench("steps")
-    assert result["rows"]["supervised"]["ratio"] == 1.0 and len(result["rows"]) == 19
+    assert result["rows"]["supervised"]["ratio"] == 1.0 and len(result["rows"]) == 20
     for name, row in result["rows"].items():
         assert row["seconds"] > 0 and f"| {name} |" in printed
 
