@@ -11,7 +11,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from espnet_pl.methods.base import SHARED
+from espnet_pl.methods.registry import SHARED
 from espnet_pl.parts.decoding import collapse
 
 ROOT = Path(__file__).resolve().parents[1]

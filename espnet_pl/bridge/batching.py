@@ -17,7 +17,8 @@ from espnet2.iterators.sequence_iter_factory import RawSampler, SequenceIterFact
 
 from espnet_pl.data.label_aware import Batching, LabelAwareBatches
 from espnet_pl.data.pairing import Pairing
-from espnet_pl.methods.base import ConfigError, Method, settings, unknown
+from espnet_pl.methods.base import ConfigError, Method
+from espnet_pl.methods.registry import settings, unknown
 
 KINDS = ("random", "label_aware")
 Tokens = Iterator[tuple[str, Sequence]]  # of each utterance

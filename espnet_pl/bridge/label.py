@@ -28,7 +28,8 @@ from espnet2.train.preprocessor import CommonPreprocessor
 
 from espnet_pl.bridge import teachers, teaching
 from espnet_pl.bridge.train import load_config
-from espnet_pl.methods.base import ConfigError, Utterances, config_of, module_of
+from espnet_pl.methods.base import ConfigError, Utterances
+from espnet_pl.methods.registry import config_of, module_of
 from espnet_pl.parts.store import Reader, StoreError, Writer, same
 
 COMMIT_EVERY = 5.0  # seconds; so much is lost when it is killed

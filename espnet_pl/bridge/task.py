@@ -16,7 +16,8 @@ from espnet_pl.bridge.batches import PairedIterFactory
 from espnet_pl.bridge.model import PLModel, attach
 from espnet_pl.bridge.recogniser import Recogniser
 from espnet_pl.bridge.trainer import PLTrainer, check_criterion
-from espnet_pl.methods.base import ConfigError, Method, build, config_of, module_of, unknown
+from espnet_pl.methods.base import ConfigError, Method
+from espnet_pl.methods.registry import build, config_of, module_of, unknown
 
 # What a configuration of ours has beyond a stock one; taken out of exported models.
 OPTIONS = (

@@ -15,7 +15,8 @@ from typing import Any
 from espnet_pl.bridge import teachers
 from espnet_pl.bridge.recogniser import Recogniser
 from espnet_pl.bridge.teachers import LoadedTeacher, Tokens
-from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
+from espnet_pl.methods.base import ConfigError
+from espnet_pl.methods.registry import config_of, module_of, unknown
 from espnet_pl.parts.store import Reader, StoreError
 
 MODES = ("stored", "online")
@@ -74,7 +75,7 @@ def check_mode(mode: str) -> None:
 def resources(
     args: argparse.Namespace, student: Recogniser, tokenise: Callable[[str], list[int]]
 ) -> dict[str, Any]:
-    """The resources of a method that is taught (``methods.base.build``).
+    """The resources of a method that is taught (``methods.registry.build``).
 
     Args:
         args: the options of the training.

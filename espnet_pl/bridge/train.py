@@ -21,7 +21,8 @@ from espnet_pl.bridge import batching, checkpoints, compat, processes, teaching
 from espnet_pl.bridge.keeping import Interval
 from espnet_pl.bridge.merge import merge
 from espnet_pl.bridge.task import task_of
-from espnet_pl.methods.base import ConfigError, config_of, module_of, unknown
+from espnet_pl.methods.base import ConfigError
+from espnet_pl.methods.registry import config_of, module_of, unknown
 from espnet_pl.parts import ranks
 from espnet_pl.parts.signals import AGAIN
 

@@ -10,7 +10,7 @@ import torch
 from espnet_pl.bridge.keeping import Interval
 from espnet_pl.bridge.model import PLModel
 from espnet_pl.bridge.train import ConfigError, load_config, main
-from espnet_pl.methods.base import methods
+from espnet_pl.methods.registry import methods
 from test.bridge.conftest import ASR, TRANSDUCER
 from test.bridge.test_train import SMALL, conf_of, same, teacher_of
 

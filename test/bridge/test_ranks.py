@@ -12,7 +12,7 @@ import torch
 import yaml
 from espnet2.train.distributed_utils import free_port
 
-from espnet_pl.methods.base import config_of, methods, module_of
+from espnet_pl.methods.registry import config_of, methods, module_of
 from test.bridge.conftest import ASR, DECODER, TRANSDUCER, make_corpus
 from test.bridge.models import arpa_file, model_folder
 from test.bridge.ranks import Broken, Ranks, started_by, train

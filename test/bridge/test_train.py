@@ -9,7 +9,7 @@ from espnet2.tasks.asr import ASRTask
 
 from espnet_pl.bridge.export import export
 from espnet_pl.bridge.train import ConfigError, load_config, main, needs_unlabelled
-from espnet_pl.methods.base import config_of, methods, module_of
+from espnet_pl.methods.registry import config_of, methods, module_of
 from espnet_pl.parts.cache import PseudoLabelCache
 from test.bridge.conftest import DECODER
 from test.bridge.models import arpa_file, model_folder
@@ -226,6 +226,7 @@ def test_a_checkpoint_of_stock_espnet_is_not_continued_silently(arguments, tmp_p
     [
         ({"metod": "mpl"}, "unknown 'metod'; did you mean 'method'"),
         ({"method": "slimpl"}, "did you mean 'slimipl'"),
+        ({"method": "base"}, "unknown 'base'"),  # a file beside the methods
         ({"method": "slimipl", "method_conf": {"capacty": 3}}, "did you mean 'capacity'"),
         ({"encoder_conf": {"num_block": 2}}, "encoder_conf: unknown 'num_block'"),
         ({"encoder": "confomer"}, "did you mean 'conformer'"),

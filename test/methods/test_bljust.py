@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from espnet_pl.losses.prediction import code_of, standardised
-from espnet_pl.methods.base import Batch, ConfigError, Inputs, Utterances, build, config_of
+from espnet_pl.methods.base import Batch, ConfigError, Inputs, Utterances
 from espnet_pl.methods.bljust import Method
+from espnet_pl.methods.registry import build, config_of
 from test.toys import ToyTransducer, batch, speaking_student, utterances
 
 KINDS = [{"hide": h, "predict": p} for h in ("future", "spans") for p in ("frames", "codes")]

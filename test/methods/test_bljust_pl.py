@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from espnet_pl.methods.base import ConfigError, build, config_of
+from espnet_pl.methods.base import ConfigError
 from espnet_pl.methods.bljust_pl import Method
+from espnet_pl.methods.registry import build, config_of
 from espnet_pl.parts.pseudo_labels import propose
 from test.toys import batch, speaking_student, utterances
 

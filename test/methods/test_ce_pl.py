@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from espnet_pl.methods.base import ConfigError, build, config_of
+from espnet_pl.methods.base import ConfigError
 from espnet_pl.methods.ce_pl import Method
 from espnet_pl.methods.csl import Method as Contrastive
+from espnet_pl.methods.registry import build, config_of
 from test.toys import VOCABULARY, batch, speaking_student
 
 

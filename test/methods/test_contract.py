@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from espnet_pl.methods.base import ConfigError, Method, build, config_of, methods, module_of
+from espnet_pl.methods.base import ConfigError, Method
+from espnet_pl.methods.registry import build, config_of, methods, module_of
 from test.toys import VOCABULARY, ToyLanguageModel, batch, speaking_student
 
 

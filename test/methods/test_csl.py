@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from espnet_pl.methods.base import ConfigError, build, config_of
+from espnet_pl.methods.base import ConfigError
 from espnet_pl.methods.csl import Method
+from espnet_pl.methods.registry import build, config_of
 from test.toys import VOCABULARY, ToyTransducer, batch, speaking_student, utterances
 
 

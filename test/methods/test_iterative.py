@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from espnet_pl.methods.base import ConfigError, build, config_of
+from espnet_pl.methods.base import ConfigError
+from espnet_pl.methods.registry import build, config_of
 from test.toys import batch, speaking_student
 
 

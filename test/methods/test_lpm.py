@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from espnet_pl.methods.base import ConfigError, build, config_of
+from espnet_pl.methods.base import ConfigError
 from espnet_pl.methods.lpm import DROPPED, Config, Method
+from espnet_pl.methods.registry import build, config_of
 from espnet_pl.parts.cache import Record
 from espnet_pl.parts.decoding import greedy, pad
 from test.toys import (

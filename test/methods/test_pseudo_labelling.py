@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from espnet_pl.data.views import at_speed
-from espnet_pl.methods.base import Batch, ConfigError, Utterances, build, config_of
+from espnet_pl.methods.base import Batch, ConfigError, Utterances
 from espnet_pl.methods.pseudo_labelling import Collapse
+from espnet_pl.methods.registry import build, config_of
 from espnet_pl.parts.decoding import consensus
 from espnet_pl.parts.pseudo_labels import agree, by_risk, mixed, propose
 from test.toys import VOCABULARY, ToyStudent, batch, speaking_student, utterances

@@ -11,7 +11,8 @@ import math
 import pytest
 import torch
 
-from espnet_pl.methods.base import Batch, Utterances, build
+from espnet_pl.methods.base import Batch, Utterances
+from espnet_pl.methods.registry import build
 from espnet_pl.parts.pseudo_labels import label_error_rate, propose, student_statistics
 from test.toys import VOCABULARY, speaking_student, utterances
 

@@ -50,7 +50,7 @@ YAML = "method: entropy\nmethod_conf: {weight: 0.3}\nrecipe: {init: supervised}\
 TEST = '''
 """methods/entropy: the weight is λ."""
 
-from espnet_pl.methods.base import build
+from espnet_pl.methods.registry import build
 from test.toys import batch, speaking_student
 
 

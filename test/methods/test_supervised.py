@@ -2,7 +2,7 @@
 
 import torch
 
-from espnet_pl.methods.base import build
+from espnet_pl.methods.registry import build
 from test.toys import batch, speaking_student
 
 

@@ -14,7 +14,8 @@ from espnet_pl.losses.lattice_distillation import (
     one_best,
     path_targets,
 )
-from espnet_pl.methods.base import ConfigError, build, config_of
+from espnet_pl.methods.base import ConfigError
+from espnet_pl.methods.registry import build, config_of
 from espnet_pl.methods.transducer_kd import DROPPED, Method
 from espnet_pl.parts.decoding import pad
 from test.toys import ToyStudent, ToyTransducer, batch, speaking_student, utterances

@@ -26,7 +26,8 @@ from steps import noise, speech, update
 from espnet_pl.bridge.model import PLModel
 from espnet_pl.bridge.task import PLTransducerTask
 from espnet_pl.bridge.transducer import TransducerRecogniser
-from espnet_pl.methods.base import Batch, Utterances, build
+from espnet_pl.methods.base import Batch, Utterances
+from espnet_pl.methods.registry import build
 from espnet_pl.methods.transducer_kd import Config, Method
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.hypotheses import likeliest

@@ -35,7 +35,8 @@ from espnet_pl.bridge.language_models import NeuralLanguageModel
 from espnet_pl.bridge.model import PLModel
 from espnet_pl.bridge.recogniser import Recogniser
 from espnet_pl.bridge.task import PLTask
-from espnet_pl.methods.base import Batch, Utterances, build, module_of
+from espnet_pl.methods.base import Batch, Utterances
+from espnet_pl.methods.registry import build, module_of
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.language_model import Remembering
 from espnet_pl.parts.pseudo_labels import propose
