@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Draw what encoders make of frames: one dot for each token of some speech, near what is like it.
 
     tools/embedding_picture.py --data data/dev --align exp/oracle/model --output csl_embedding.png \

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """How wrong are a model's hypotheses, and how wrong is what a student would learn from them?
 
-    PYTHONPATH=. python tools/hypotheses.py exp/supervised/model data/train_oracle [--speeds 1,0.9]
+    tools/hypotheses.py exp/supervised/model data/train_oracle [--speeds 1,0.9]
 
 run in a recipe's folder.  Of the model's labels, in per cent of the tokens that were said:
 

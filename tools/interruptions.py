@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """What is left of a training that is killed, told to stop, or runs out of disk?
 
-    PYTHONPATH=. python tools/interruptions.py kill exp/slimipl --times 50 --work /tmp/kills
+    tools/interruptions.py kill exp/slimipl --times 50 --work /tmp/kills
 
 run in a recipe's folder, of a training that was done there: its command is in ``train.job.json``.
 The same training, shorter (``--options``), is made once undisturbed; then again and again, and

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """Plants each fault of tools/faults.yaml in a copy of the project, and asks the tests to find it.
 
-    python3 tools/mutation_check.py [NAME...]
+    tools/mutation_check.py [NAME...]
 
 A fault that no test finds is printed and makes the exit code 1.  Each takes seconds to minutes.
 """

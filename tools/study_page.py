@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Fill the page of a study, docs/studies/<study>.md, from its records in docs/studies/data.
 
 A block of the page is written anew between its lines,

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """What has a teacher said: how many hypotheses, how long, and how sure was it of each?
 
-    PYTHONPATH=. python tools/teacher_records.py exp/<teacher>/teaches/<store> data/train_unlabelled
+    tools/teacher_records.py exp/<teacher>/teaches/<store> data/train_unlabelled
 
 run in a recipe's folder, of records with several hypotheses.  By place among the hypotheses of an
 utterance, the likeliest first: how many utterances have one there, and of these the mean number of

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """What label-aware batches cost: memory and time of the index, time and coverage of a pass.
 
-    PYTHONPATH=. python tools/bench/batching.py [--utterances 1000000] [--json FILE]
+    tools/bench/batching.py [--utterances 1000000] [--json FILE]
 
 Made-up utterances, each with so many labels, drawn by Zipf's law; all is of one process.  Peak is
 the growth of the resident set while the index is made, of which the ids are a part.

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """What checkpoints cost a training, and how soon one goes on.
 
-    PYTHONPATH=. python tools/bench/checkpoints.py exp/slimipl [--json FILE]
+    tools/bench/checkpoints.py exp/slimipl [--json FILE]
 
 run in a recipe's folder, of a training that was done there: its command is in ``train.job.json``.
 The same training, of so few updates, saves after each of them; then it is started again, for one

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """Time and memory of the supervised contrastive loss, beside other implementations of it.
 
-    PYTHONPATH=. python tools/bench/contrastive.py [--frames N ...] [--small] [--json FILE]
+    tools/bench/contrastive.py [--frames N ...] [--small] [--json FILE]
 
 Each implementation computes the mean loss of N frames and its gradient, on one thread: in turn in
 one process, the minimum of several times (processor time).  Memory is what the resident set grows

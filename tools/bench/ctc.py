@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """CTC of several hypotheses, and soft labels of a linear layer: forward and backward beside torch.
 
-    PYTHONPATH=. python tools/bench/ctc.py [--shape 4,400,100,1000]... [--small] [--json FILE]
+    tools/bench/ctc.py [--shape 4,400,100,1000]... [--small] [--json FILE]
 
 CTC: each utterance has 1, 4 or 16 hypotheses, of which those after the first differ from it in a
 tenth of their labels; log-probabilities are random and given.  torch's ``ctc_loss`` knows one

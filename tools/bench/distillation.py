@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """What an update of a transducer costs that learns from a teacher, beside one on transcripts.
 
-    PYTHONPATH=. python tools/bench/distillation.py [--recipe RECIPE] [--run RUN] [--json FILE]
+    tools/bench/distillation.py [--recipe RECIPE] [--run RUN] [--json FILE]
 
 A trained transducer of a recipe teaches a copy of itself on as much unlabelled speech as its
 configuration has in a batch.  An update is forward pass, backward pass, clipping and optimiser:

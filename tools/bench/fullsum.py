@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """Joint network and RNN-T loss, forward and backward: ours against what else can be had.
 
-    python3 tools/bench/fullsum.py [--shape 4,400,100,1000]... [--trained DIR] [--peers PYTHON]
+    tools/bench/fullsum.py [--shape 4,400,100,1000]... [--trained DIR] [--peers PYTHON]
         [--json FILE]
 
 Every variant gets the same inputs, in a fresh process, one thread: CPU time is the least of two

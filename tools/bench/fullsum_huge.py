@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """A lattice whose logits would have more than 2³¹ elements: right, and within memory.
 
-    python3 tools/bench/fullsum_huge.py [--shape 32,400,80,5000] [--json FILE]
+    tools/bench/fullsum_huge.py [--shape 32,400,80,5000] [--json FILE]
 
 The whole batch at once, and each utterance alone: log P and gradients are compared, and the growth
 of the peak resident set is shown beside what the logits would take.  Minutes on one thread.

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """The searches that propose pseudo-labels: how many times real time, and how good their proposals.
 
-    PYTHONPATH=. python tools/bench/proposals.py [--peers PYTHON] [--small] [--json FILE]
+    tools/bench/proposals.py [--peers PYTHON] [--small] [--json FILE]
 
 CTC: our ``prefix_search`` in batches, flashlight-text's decoder without a lexicon (``log_add``, so
 that it sums alignments as ours does), torchaudio's ``ctc_decoder`` around it as it comes (without),

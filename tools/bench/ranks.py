@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """How much faster two processes on two cores train than one on one: slimIPL with its cache.
 
-    PYTHONPATH=. python tools/bench/ranks.py [--recipe egs/mini_alnum/pl1] [--json FILE]
+    tools/bench/ranks.py [--recipe egs/mini_alnum/pl1] [--json FILE]
 
 The model and the slimIPL of a recipe, through ESPnet's trainer, on noise of one to two seconds that
 is made for it.  Two processes share the batches of an update: as much speech as the recipe says,

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """What an update of each method costs, on labels of each kind, beside a supervised one.
 
-    PYTHONPATH=. python tools/bench/steps.py [--recipe RECIPE] [--run RUN] [--json FILE]
+    tools/bench/steps.py [--recipe RECIPE] [--run RUN] [--json FILE]
 
 The trained seed of a recipe (the README's first command makes the default's), or another run of it,
 and as much of its unlabelled speech as its configuration has in a batch.  An update is forward

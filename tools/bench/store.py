@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """What a stored record of a teacher costs to write, to read and to keep, packed in several ways.
 
-    PYTHONPATH=. python tools/bench/store.py [FOLDER] [--json FILE]
+    tools/bench/store.py [FOLDER] [--json FILE]
 
 FOLDER is a store, which lies beside its teacher (`teaches/<what was asked>`); without it records
 are made up, eight hypotheses of ten tokens each.  All ways compress the whole with zlib, as the
