@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-from espnet_pl.recipe import config
+from espnet_pl.recipe import config, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/methods.md")
@@ -64,7 +64,7 @@ def seconds(duration: str) -> float:
 def results(recipe: str, test: str, egs: Path) -> str:
     """The table of one recipe: every run, and how it differs from its model's baseline."""
     baseline = config.load_recipe(egs / recipe / "pl1/recipe.yaml").baseline
-    rows: list[tuple] = [HEAD, ("---",) * len(HEAD)]
+    rows: list[tuple] = []
     for number, tables in enumerate(of(recipe, egs)):
         against = {row["run"]: row for row in tables[f"Against {baseline}"] if row["set"] == test}
         once = costs(tables, baseline)[1]
@@ -79,7 +79,7 @@ def results(recipe: str, test: str, egs: Path) -> str:
             rows.append(
                 (f"`{run}`", f"**{rate}**", points, recovered, updates, f"{time / once:.2f}")
             )
-    return lines(rows)
+    return "\n".join([*report.table(HEAD, rows), ""])
 
 
 def several(recipes: str, names: str, egs: Path) -> str:
@@ -92,20 +92,16 @@ def several(recipes: str, names: str, egs: Path) -> str:
             for run in filter(found.get, names.split()):
                 row = rows.setdefault((number, run), ["–"] * len(asked))
                 row[place] = f"{float(found[run]):.1f}"
-    made = [("run", *(recipe for recipe, _ in asked)), ("---",) * (len(asked) + 1)]
-    for number, run in sorted(rows, key=lambda key: key[0]):
-        made.append((f"`{run}`" + f", {TRANSDUCERS}" * number, *rows[number, run]))
-    return lines(made)
+    made = [
+        (f"`{run}`" + f", {TRANSDUCERS}" * number, *rows[number, run])
+        for number, run in sorted(rows, key=lambda key: key[0])
+    ]
+    return "\n".join([*report.table(["run", *(recipe for recipe, _ in asked)], made), ""])
 
 
 def of(recipe: str, egs: Path) -> list[dict[str, list[dict[str, str]]]]:
     """What ``read`` makes of a recipe's file."""
     return read((egs / recipe / "pl1/RESULTS.md").read_text(encoding="utf-8"))
-
-
-def lines(rows: list[tuple]) -> str:
-    """Rows as a table."""
-    return "".join(f"|{'|'.join(map(str, row))}|\n" for row in rows)
 
 
 def fill(text: str, egs: Path = ROOT / "egs") -> str:

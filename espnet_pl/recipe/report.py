@@ -68,7 +68,7 @@ def _rates(result: Mapping) -> list[str]:
                     )
     names = [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else []
     head = ["set", "run", f"WER % {'mean' if names else f'(seed {seeds[0]})'}", *names, "CER %"]
-    return ["\n## Word error rate\n", *_table(head, rows), *(f"\n{note}" for note in notes)]
+    return ["\n## Word error rate\n", *table(head, rows), *(f"\n{note}" for note in notes)]
 
 
 def _against(result: Mapping, recipe: config.Recipe) -> list[str]:
@@ -86,7 +86,7 @@ def _against(result: Mapping, recipe: config.Recipe) -> list[str]:
         head = ["set", "run", "WER points", "95 % interval", "relative reduction %",
                 "recovered %", "seeds", "verdict"]  # fmt: skip
         if rows:
-            lines += [f"\n## Against {base}\n", *_table(head, rows)]
+            lines += [f"\n## Against {base}\n", *table(head, rows)]
     if lines:
         drawn = {name: entry["drawn"] for name, entry in result["sets"].items()}
         kinds = "; ".join(f"{name}: {kind}" for name, kind in drawn.items())
@@ -114,7 +114,7 @@ def _costs(result: Mapping) -> list[str]:
         "\nOne training, mean over seeds, without the run it starts from. All trainings together: "
         f"{duration(total[0])} of wall time, {duration(total[1])} of CPU time."
     )
-    return ["\n## Training\n", *_table(head, rows), note]
+    return ["\n## Training\n", *table(head, rows), note]
 
 
 def _details(result: Mapping, unit: str, title: str) -> Iterable[str]:
@@ -126,7 +126,7 @@ def _details(result: Mapping, unit: str, title: str) -> Iterable[str]:
             shares = [f"{figures[key]:.1f}" for key in figures if key not in ("snt", "wrd")]
             rows.append([f"{run}/{name}", seeds[0]["snt"], seeds[0]["wrd"], *shares])
     yield f"\n### {title}, mean over seeds\n"
-    yield from _table(NINE, rows)
+    yield from table(NINE, rows)
     if unit == "word" and result["sclite"]["found"]:
         differs = result["sclite"]["differs"]
         yield "\nScored by jiwer; sclite counts the same in every row." if not differs else (
@@ -174,5 +174,6 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    """The lines of a table."""
     return ["|" + "|".join(map(str, row)) + "|" for row in (head, ["---"] * len(head), *rows)]
