@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from espnet_pl import __version__
 from espnet_pl.recipe import config, markers
+from espnet_pl.recipe.runs import Run
 
 
 class Verdict(NamedTuple):
@@ -30,7 +31,7 @@ class Verdict(NamedTuple):
 def check_runs(
     names: Iterable[str],
     others: Iterable[str],
-    runs: Mapping[str, config.Run],
+    runs: Mapping[str, Run],
     expdir: Path,
     write: bool = True,
 ) -> dict[str, Verdict]:

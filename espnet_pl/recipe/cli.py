@@ -13,6 +13,7 @@ from pathlib import Path
 
 from espnet_pl.recipe import check, config, launch, progress, report, stages, study, teachers
 from espnet_pl.recipe.config import RecipeError
+from espnet_pl.recipe.runs import Run, load_runs, with_inits, write_phases
 
 NUMBERS = [str(number) for number, _ in enumerate(stages.STAGES, 1)]
 NAMES = [stage.__name__ for stage in stages.STAGES]
@@ -66,7 +67,7 @@ class _Call:
     """What is asked of one model."""
 
     args: argparse.Namespace
-    runs: dict[str, config.Run]
+    runs: dict[str, Run]
     chosen: list[str]
     seeds: list[int]
     numbers: list[int]  # of stages
@@ -93,11 +94,11 @@ def _call(
         where = "recipe.yaml: other_model" if str(args.asr_config) == recipe.other_model else None
         guess = config.did_you_mean(str(args.asr_config), found)
         raise RecipeError(f"{where or '--asr_config'}: {guess}")
-    runs = config.load_runs(recipe, args.asr_config, args.expdir)
+    runs = load_runs(recipe, args.asr_config, args.expdir)
     numbers = _numbers(args)
     if args.dry_run:  # the files of phases and cells are needed to look at them, and no longer
         afterwards.enter_context(config.removed(args.expdir))
-    config.write_phases(runs.values())
+    write_phases(runs.values())
     if args.study:
         of_study = study.load(args.study, recipe, runs, args.asr_config, args.expdir)
         pairs = study.chosen(of_study, args.method, _seeds(args.seed) if args.seed else None)
@@ -111,7 +112,7 @@ def _call(
 
 def _plan(call: _Call, recipe: config.Recipe) -> stages.Plan:
     args, runs = call.args, call.runs
-    needed = config.with_inits(call.chosen, runs)
+    needed = with_inits(call.chosen, runs)
     seen = [*args.expdir.glob("*/infer"), *args.expdir.glob("seed*/*/infer")]
     others = _with_phases({path.parent.name for path in seen} & {*runs}, runs) - {*needed}
     verdicts = {}
@@ -130,7 +131,7 @@ def _plan(call: _Call, recipe: config.Recipe) -> stages.Plan:
 
 def _stages(call: _Call, plan: stages.Plan) -> None:
     args, runs = call.args, call.runs
-    needed = config.with_inits(call.chosen, runs)
+    needed = with_inits(call.chosen, runs)
     for number in call.numbers:
         stage = stages.STAGES[number - 1]
         print(f"Stage {number}: {stage.__name__}", flush=True)
@@ -152,7 +153,7 @@ def _stages(call: _Call, plan: stages.Plan) -> None:
             print(f"the rest is in {table}")
 
 
-def _with_phases(names: Collection[str], runs: dict[str, config.Run]) -> set[str]:
+def _with_phases(names: Collection[str], runs: dict[str, Run]) -> set[str]:
     return {*names, *(phase for name in names for phase in runs[name].before)}
 
 
@@ -244,7 +245,7 @@ def _describe(argv: Sequence[str]) -> str:
         lines.append(f"  {number} {stage.__name__:<16} {stage.__doc__.splitlines()[0]}")
     try:
         recipe = config.load_recipe()
-        runs = config.load_runs(recipe)
+        runs = load_runs(recipe)
         lines += ["", "runs (conf/<run>.yaml):"]
         for name, run in runs.items():
             start = f", starts from {run.options.init}" if run.options.init else ""
@@ -258,7 +259,7 @@ def _describe(argv: Sequence[str]) -> str:
 
 
 def _chosen(
-    method: str | None, recipe: config.Recipe, runs: dict[str, config.Run], asr: Path
+    method: str | None, recipe: config.Recipe, runs: dict[str, Run], asr: Path
 ) -> list[str]:
     names = recipe.default if method is None else [*filter(None, method.split(","))]
     if names == ["all"]:

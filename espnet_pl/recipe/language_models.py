@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espnet_pl.recipe import config
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
+from espnet_pl.recipe.runs import with_inits
 
 if TYPE_CHECKING:
     from espnet_pl.recipe.stages import Plan
@@ -34,7 +34,7 @@ def of(plan: "Plan", name: str) -> tuple[Path, tuple[Path, ...]] | None:
 
 def jobs(plan: "Plan") -> Iterator[Job]:
     """Gather the text, and train a language model for each type of tokens of runs that need it."""
-    names = config.with_inits(plan.chosen, plan.runs)
+    names = with_inits(plan.chosen, plan.runs)
     wanted = [
         plan.runs[name].options.token_type
         for name in names

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from espnet_pl.recipe import config, markers, report, scoring
+from espnet_pl.recipe.runs import load_runs, with_inits
 
 REPLICATES = 10_000
 SPEAKERS = 8  # fewer say too little about speakers not heard; then utterances are drawn
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         recipe = config.load_recipe()
-        runs = config.load_runs(recipe, args.asr_config, args.expdir)
+        runs = load_runs(recipe, args.asr_config, args.expdir)
         if args.run:
             words = [word.rpartition(":") for word in args.run]
             pairs = [(run, int(seed)) for run, _, seed in words]
@@ -284,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["output"] = str(args.output)
         seeds = sorted({seed for folders in found.values() for seed in folders})
         result["before"] = {}
-        for run in config.with_inits([run for run in found if run in runs], runs):
+        for run in with_inits([run for run in found if run in runs], runs):
             folders = {seed: config.run_dir(run, seed, args.expdir) for seed in seeds}
             made = {s: path for s, path in folders.items() if (path / "train.job.json").exists()}
             if made and run not in found:

@@ -13,6 +13,7 @@ from pathlib import Path
 from espnet_pl.recipe import check, config, language_models, parts, teachers
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
+from espnet_pl.recipe.runs import Run, with_inits
 
 PART = 500  # utterances recognised by one job; not --nj, which must not make results old
 
@@ -22,7 +23,7 @@ class Plan:
     """What a call asks for.  Paths are relative to the recipe's folder."""
 
     recipe: config.Recipe
-    runs: dict[str, config.Run]
+    runs: dict[str, Run]
     chosen: tuple[str, ...]
     seeds: tuple[int, ...]
     verdicts: dict[str, check.Verdict]  # what the methods of the runs need
@@ -79,7 +80,7 @@ def train_tokenizer(plan: Plan) -> Iterator[Job]:
     """Make the lists of tokens (words, characters or BPE) from transcripts."""
     recipe = plan.recipe
     texts = tuple(Path(f"data/{name}/text") for name in recipe.tokens_from)
-    names = config.with_inits(plan.chosen, plan.runs)
+    names = with_inits(plan.chosen, plan.runs)
     kinds = (plan.runs[name].options.token_type for name in names)
     for kind in _unique(recipe.token_type, *kinds):
         folder = recipe.tokens(kind)
@@ -115,7 +116,7 @@ def train(plan: Plan) -> Iterator[Job]:
     """Train the runs and, before them, those they start from; export each as a stock model."""
     recipe, labelling = plan.recipe, set()
     for seed in plan.seeds:
-        for name in config.with_inits(plan.chosen, plan.runs):
+        for name in with_inits(plan.chosen, plan.runs):
             run, options, folder = plan.runs[name], plan.runs[name].options, plan.dir(name, seed)
             verdict = plan.verdicts.get(name, check.Verdict())
             argv, inputs = _training(plan, options.labelled, options.token_type)

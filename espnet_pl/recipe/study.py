@@ -31,6 +31,7 @@ from espnet_pl.bridge.merge import merge
 from espnet_pl.recipe import config, stages
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
+from espnet_pl.recipe.runs import Run, check_references, load_model, load_phases, write_phases
 
 DATA = Path("../../../docs/studies/data")
 KEYS = ("question", "common", "grid", "cells", "seeds", "sets")
@@ -41,13 +42,13 @@ class Study:
     """Which cells there are, and which seeds of each."""
 
     name: str
-    runs: dict[str, config.Run]  # the recipe's, and the cells by their full names
+    runs: dict[str, Run]  # the recipe's, and the cells by their full names
     seeds: dict[str, tuple[int, ...]]  # of each cell, by its full name
     sets: tuple[str, ...]  # what is recognised
 
 
 def load(
-    name: str, recipe: config.Recipe, runs: Mapping[str, config.Run], asr: Path, expdir: Path
+    name: str, recipe: config.Recipe, runs: Mapping[str, Run], asr: Path, expdir: Path
 ) -> Study:
     """Reads a study, and writes the configuration of each cell beside the experiments.
 
@@ -62,7 +63,7 @@ def load(
     for key in content:
         if key not in KEYS:
             raise RecipeError(f"{path}: {config.did_you_mean(key, KEYS)}")
-    model, every, seeds = config.load_model(asr), dict(runs), {}
+    model, every, seeds = load_model(asr), dict(runs), {}
     for cell, settings in cells(content, str(path)).items():
         own = settings.pop("seeds", content.get("seeds", [1]))
         if not isinstance(own, list) or not all(type(seed) is int for seed in own):
@@ -70,14 +71,14 @@ def load(
         full = f"{name}.{cell}"
         target = file_of(name, cell, expdir)
         confs, phases = {**model, target: settings}, target.with_suffix("")
-        found = config.load_phases(full, confs, recipe, phases)
+        found = load_phases(full, confs, recipe, phases)
         if not found:
             raise RecipeError(f"{path}, {cell}: it has no method")
         config.write(target, settings)
-        config.write_phases(found.values())
+        write_phases(found.values())
         every |= found
         seeds[full] = tuple(own)
-    config.check_references(every)
+    check_references(every)
     sets = content.get("sets", [recipe.valid])
     for test in sets:
         if test not in (recipe.valid, *recipe.test):

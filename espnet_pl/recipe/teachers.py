@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espnet_pl.recipe import check, config
+from espnet_pl.recipe import check
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
+from espnet_pl.recipe.runs import Run, is_path
 
 if TYPE_CHECKING:
     from espnet_pl.recipe.stages import Plan
 
 
-def refuse(runs: Mapping[str, config.Run], verdicts: Mapping[str, check.Verdict]) -> None:
+def refuse(runs: Mapping[str, Run], verdicts: Mapping[str, check.Verdict]) -> None:
     """Every run has teachers that its method can use.
 
     Args:
@@ -30,7 +31,7 @@ def refuse(runs: Mapping[str, config.Run], verdicts: Mapping[str, check.Verdict]
                 f"model; there are {len(options.teachers)}"
             )
         for teacher in [] if verdict.taught else options.teachers:
-            if config.is_path(teacher):
+            if is_path(teacher):
                 raise RecipeError(f"{where} {teacher}: method {runs[name].method} takes runs only")
             if runs[teacher].options.token_type != options.token_type:
                 raise RecipeError(f"{where} {teacher} has another token type")
@@ -38,7 +39,7 @@ def refuse(runs: Mapping[str, config.Run], verdicts: Mapping[str, check.Verdict]
 
 def files(plan: "Plan", teacher: str, seed: int) -> tuple[Path, tuple[Path, ...]]:
     """A teacher, a run or a path, as the bridge loads it; and the files that it consists of."""
-    path = Path(teacher) if config.is_path(teacher) else plan.dir(teacher, seed) / "model"
+    path = Path(teacher) if is_path(teacher) else plan.dir(teacher, seed) / "model"
     if path.suffix == ".zip":
         return path, (path,)
     if path.suffix == ".pth":
@@ -52,7 +53,7 @@ def label(plan: "Plan", name: str, seed: int) -> Job:
     (teacher,) = run.options.teachers
     model, inputs = files(plan, teacher, seed)
     same = [str(plan.verdicts[name].asked), str(other)]
-    from_elsewhere = config.is_path(teacher)
+    from_elsewhere = is_path(teacher)
     if from_elsewhere:
         same.append(teacher)  # another may have the same name
     digest = hashlib.sha256("\n".join(same).encode()).hexdigest()[:8]

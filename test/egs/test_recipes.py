@@ -13,6 +13,7 @@ import yaml
 
 from espnet_pl.bridge.merge import merge
 from espnet_pl.recipe import check, config
+from espnet_pl.recipe.runs import load_runs, write_phases
 from test.egs.test_corpora import SMALL, needs_speech
 
 ROOT = Path(__file__).parents[2]
@@ -60,10 +61,10 @@ def run_sh(folder, corpus, *options):
 def test_every_run_has_a_configuration_that_can_be(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(small_recipe(corpus, tmp_path / corpus / "pl1"))
     recipe = config.load_recipe()
-    runs = config.load_runs(recipe)
+    runs = load_runs(recipe)
     assert {*recipe.methods} <= {*runs}
-    config.write_phases(runs.values())
-    others = config.load_runs(recipe, Path(recipe.other_model), tmp_path)
+    write_phases(runs.values())
+    others = load_runs(recipe, Path(recipe.other_model), tmp_path)
     asked = runs | {f"transducer {name}": others[name] for name in recipe.other_methods}
     verdicts = check.check_runs(asked, (), asked, tmp_path)
     assert verdicts.keys() == asked.keys()
@@ -85,7 +86,7 @@ def test_the_table_has_all_families_with_as_many_updates(corpus, monkeypatch, tm
     other = Path(recipe.other_model)
     used = set()
     for asr, names in ((config.ASR, recipe.methods), (other, recipe.other_methods)):
-        runs = config.load_runs(recipe, asr, tmp_path)
+        runs = load_runs(recipe, asr, tmp_path)
         seed, shares = runs["supervised"], {}
         assert {recipe.baseline, recipe.oracle, "supervised"} <= {*names}
         for name in names:

@@ -7,6 +7,7 @@ import pytest
 
 from espnet_pl.recipe import config, record, stages, study
 from espnet_pl.recipe.config import RecipeError
+from espnet_pl.recipe.runs import load_phases, load_runs
 from test.recipe.test_study import LOG
 from test.recipe.toy import call, plan, tree
 
@@ -68,7 +69,7 @@ def test_each_phase_starts_from_the_one_before():
 
 
 def test_what_a_phase_says_is_over_what_the_run_says():
-    runs = config.load_runs(config.load_recipe())
+    runs = load_runs(config.load_recipe())
     first, last = runs["phased.contrast"], runs["phased"]
     assert (first.method, last.method) == ("taught", "supervised")
     assert last.before == ("phased.contrast", "phased.more") and first.before == ()
@@ -77,13 +78,13 @@ def test_what_a_phase_says_is_over_what_the_run_says():
     model = Path("conf/asr")
     model.mkdir()
     (model / "phased.yaml").write_text("recipe: {phases: {tune: {max_epoch: 7}}}\n")
-    last = config.load_runs(config.load_recipe())["phased"]
+    last = load_runs(config.load_recipe())["phased"]
     assert last.written["max_epoch"] == 7 and last.method == "supervised"
 
 
 def test_one_phase_is_a_run():
     Path("conf/phased.yaml").write_text("recipe: {phases: {only: {method: supervised}}}\n")
-    runs = config.load_runs(config.load_recipe())
+    runs = load_runs(config.load_recipe())
     assert runs["phased"].before == () and "phased.only" not in runs
 
 
@@ -209,7 +210,7 @@ def test_phases_that_cannot_be(options, message):
     if "no method" in message:
         del contents[Path("conf/x.yaml")]["method"]
     with pytest.raises(RecipeError) as refused:
-        config.load_phases("x", contents, config.Recipe(), Path("exp/phases/x"))
+        load_phases("x", contents, config.Recipe(), Path("exp/phases/x"))
     assert message in str(refused.value)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from espnet_pl.recipe import check, cli, config, markers, parts, stages, teachers
+from espnet_pl.recipe.runs import load_runs, write_phases
 
 ROOT = Path(__file__).parents[2]
 STARTED: list[str] = []
@@ -63,8 +64,8 @@ def call(*words):
 
 def plan(chosen=("slimipl",), seeds=(1,), **more):
     recipe = config.load_recipe()
-    runs = config.load_runs(recipe, more.get("asr", config.ASR))
-    config.write_phases(runs.values())
+    runs = load_runs(recipe, more.get("asr", config.ASR))
+    write_phases(runs.values())
     found = verdicts([run.files for run in runs.values()])
     known = {name: check.Verdict(**verdict) for name, verdict in zip(runs, found)}
     teachers.refuse(runs, known)
