@@ -6,6 +6,7 @@
 A fault that no test finds is printed and makes the exit code 1.  Each takes seconds to minutes.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -68,8 +69,13 @@ def found(fault: Fault) -> bool:
 
 def main() -> None:
     """All faults, or those named."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a fault (all)")
+    names = parser.parse_args().names or [*FAULTS]
+    if unknown := [name for name in names if name not in FAULTS]:
+        parser.error(f"no fault of tools/faults.yaml is named {unknown[0]!r}")
     survived = []
-    for name in sys.argv[1:] or FAULTS:
+    for name in names:
         began = time.time()
         caught = found(FAULTS[name])
         survived += [] if caught else [name]
