@@ -4,7 +4,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
+from rapidfuzz.distance import Levenshtein
 
+from espnet_pl.methods import lpm
+from espnet_pl.parts.objectives import Objectives
 from espnet_pl.parts.pseudo_labels import propose
 from test.toys import speaking_student, utterances
 
@@ -34,3 +38,36 @@ def test_errors_are_counted_against_the_truth():
     alone = measure(lambda said: [y[1:] for y in said], beam=1)
     assert alone["best"] == alone["risk"] == alone["oracle"] == pytest.approx(alone["w^2"])
     assert alone["entropy"] == pytest.approx(0.0, abs=1e-6)
+
+
+UNKNOWN = 3
+
+
+class Prefers:
+    """A language model that is sure of one sentence, and knows no text with token UNKNOWN."""
+
+    def __init__(self, sentence):
+        self.sentence = sentence
+
+    def log_p(self, sequences):
+        log_p = [
+            -torch.inf if UNKNOWN in y else 0.0 if y == self.sentence else -100.0 for y in sequences
+        ]
+        return torch.tensor(log_p, dtype=torch.float64)
+
+
+def test_a_language_model_chooses_among_what_lpm_would_keep():
+    student, x = speaking_student(), utterances(n=1)
+    greedy = propose(student, x).labels[0]
+    others = propose(student, x, Objectives(sequences=1.0, beam=8)).records[0]
+    rows = [y[:n] for y, n in zip(others["labels"].tolist(), others["lengths"].tolist())]
+    least, most = lpm.Config().band(len(greedy))
+    same = [y for y in rows if least <= len(y) <= most and UNKNOWN not in y]
+    assert 1 < len(same) < len(rows)
+    found = hypotheses.measure(student, x, [same[1]], [1.0], 8, Prefers(same[1]))
+    assert [found["lm"], found["lm·w"], found["surprise"]] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert found["uniform"] == pytest.approx(
+        sum(Levenshtein.distance(y, same[1]) for y in same) / len(same)
+    )
+    silent = hypotheses.measure(student, x, [same[1]], [1.0], 8, Prefers(None))
+    assert silent["lm"] == pytest.approx(silent["uniform"]) and silent["surprise"] == 100
