@@ -129,8 +129,8 @@ def main() -> None:
         lengths = torch.tensor([len(y) for y in speech])
         x = Utterances(own, torch.nn.utils.rnn.pad_sequence(speech, batch_first=True), lengths)
         truth = [tokenise(i, {"text": text[i].strip()})["text"].tolist() for i in own]
-        own = measure(student, x, truth, speeds, args.beam, language_model)
-        for name, value in own.items():
+        found = measure(student, x, truth, speeds, args.beam, language_model)
+        for name, value in found.items():
             total[name] = total.get(name, 0.0) + value
     tokens, entropy = total.pop("tokens"), total.pop("entropy")
     surprise = total.pop("surprise", None)
