@@ -14,7 +14,7 @@ import yaml
 from espnet_pl.bridge.merge import merge
 from espnet_pl.recipe import check, config
 from espnet_pl.recipe.runs import load_runs, write_phases
-from test.egs.test_corpora import SMALL, needs_speech
+from test.egs.corpora import SMALL, needs_speech
 
 ROOT = Path(__file__).parents[2]
 
