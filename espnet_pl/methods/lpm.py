@@ -22,6 +22,9 @@ Differs from the paper: the student may be of any kind that scores sequences: lo
     over the utterances that have a hypothesis left, where the code divides by all.  There, KL
     reversed is −Σ q(y) A(y) with A = log p_LM less its minimum over the beam, plus a margin.
     Hypotheses that differ only in how a text is cut into pieces are different ones, as there.
+    Several models and speeds may propose (teachers, weak_speeds): then B(x) is of all of them, so
+    larger than ``beam``, p_φ is their mean opinion, and ŷ their consensus, which with a beam of one
+    is all of B(x), or hypotheses would be chosen there, too.
     Unverified, for the paper's text was not at hand: everything that is from the code.
 Cost: per unlabelled update one training pass, a beam search of φ without gradient, and a score of
     each hypothesis by the student and, where it is new, by the language model; with proposal:
@@ -42,7 +45,7 @@ from espnet_pl.parts.cache import Record
 from espnet_pl.parts.decoding import pad
 from espnet_pl.parts.hypotheses import likeliest, shuffled
 from espnet_pl.parts.objectives import Objectives
-from espnet_pl.parts.pseudo_labels import Labels
+from espnet_pl.parts.pseudo_labels import Labels, mixed
 from espnet_pl.parts.teacher import Teacher
 
 # Hypotheses, and why they are no part of B(x).
@@ -58,7 +61,7 @@ class Config(OwnTeacherConfig):
     weight: float = 0.2  # λ                                    lmweight
     hard: float = 0.0  # also −log q of the likeliest of p̄
     sequences: float = 1.0
-    beam: int = 4  # |B| at most                                lpmBeamsz
+    beam: int = 4  # |B| at most, of one proposal model         lpmBeamsz
     kappa: float = 1.0  # κ; not in the paper, where it is 1
     length_band: float | None = 0.05  # b; None: any length     hyplenratiolb, hyplenratioub
     weights: Literal["lm", "uniform", "shuffled", "teacher_and_lm"] = "lm"
@@ -104,11 +107,17 @@ class Method(OwnTeacher):
 
     def __init__(self, config, student, resources):
         super().__init__(config, student, resources)
-        if config.hypotheses == "sampled" and "frame_log_probs" not in student.answers:
-            raise base.ConfigError(
-                "hypotheses: sampled are drawn from the frames of a CTC layer, which the student "
-                "does not have; hypotheses: search"
-            )
+        if "frame_log_probs" not in student.answers:
+            if config.hypotheses == "sampled":
+                raise base.ConfigError(
+                    "hypotheses: sampled are drawn from the frames of a CTC layer, which the "
+                    "student does not have; hypotheses: search"
+                )
+            if config.frame_entropy or config.token_entropy:
+                raise base.ConfigError(
+                    "frame_entropy and token_entropy are of the frames of a CTC layer, which the "
+                    "student does not have: leave them out"
+                )
         decay = config.decay if config.proposal == "ema" else 1.0
         self.teacher = Teacher(student, decay, config.decay_warmup)
         self.follows = config.proposal == "ema"
@@ -144,7 +153,11 @@ class Method(OwnTeacher):
             hypotheses=how.hypotheses, sampling=how.sampling, scale=how.scale,
         )  # fmt: skip
         made = super()._said(student, x, ask)
-        records = self._with_prior(made.labels, made.records)
+        records = made.records
+        several = len(self.config.weak_speeds) > 1 or self.resources.get("teachers")
+        if how.beam == 1 and several:
+            records = [own | mixed([], [y]) for own, y in zip(records, made.labels)]
+        records = self._with_prior(made.labels, records)
         return Labels(likeliest(records), made.statistics, records)
 
     def _with_prior(self, greedy: Sequence[list[int]], records: Sequence[Record]) -> list[Record]:

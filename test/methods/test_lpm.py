@@ -127,6 +127,28 @@ def test_one_hypothesis_is_hard_pseudo_labelling_by_the_same_proposal(kind):
     assert (first.weight, first.count) == (second.weight, second.count)
 
 
+def test_one_hypothesis_of_several_proposal_models_is_their_consensus():
+    student, x = speaking_student(seed=1).eval(), batch().unlabelled
+    others = [speaking_student(seed=seed).eval() for seed in (7, 8)]
+    given = {"language_model": ToyLanguageModel(), "teachers": others}
+    conf = {**ANY, "beam": 1, "weight": 1.0}
+    method = build("lpm", conf, student, given)
+    other = build(
+        "slimipl", dict(teacher="frozen", capacity=0), with_frames(student), {"teachers": others}
+    )
+    for one in (method, other):
+        one.start(student)
+    labels = other._said(student, x, other.config).labels
+    three = [greedy(*each.hear(x).frame_log_probs(), 0) for each in (student, *others)]
+    assert any(len({*map(tuple, said)}) > 1 for said in zip(*three))  # there was a choice
+    records = method._said(student, x, method.config).records
+    assert [[*said(own)] for own in records] == [[y] if y else [] for y in map(tuple, labels)]
+    first = method.unlabelled(student, x)["pseudo_sequences"]
+    second = other.unlabelled(student, x)["pseudo"]
+    torch.testing.assert_close(first.value, second.value)
+    assert (first.weight, first.count) == (second.weight, second.count)
+
+
 def with_frames(student):
     student.answers = student.answers | {"frame_log_probs"}
     return student
@@ -473,6 +495,9 @@ def test_a_language_model_that_is_missing_or_of_no_use_is_told_at_start():
     with pytest.raises(ConfigError, match="hypotheses: search"):
         build("lpm", drawn, speaking_student(kind=ToyTransducer))
     assert build("lpm", drawn, student)(student, batch())["pseudo_sequences"].value > 0
+    for name in ("frame_entropy", "token_entropy"):
+        with pytest.raises(ConfigError, match="of the frames of a CTC layer"):
+            build("lpm", {"weights": "uniform", name: 0.1}, speaking_student(kind=ToyTransducer))
 
 
 def test_batches_come_in_turn_and_nothing_is_cached():
