@@ -24,6 +24,7 @@ def record(
     every = [*before, folder]
     made = [markers.read(own / "train.job.json") or {} for own in every]
     logs = [(own / "train.log").read_text(encoding="utf-8", errors="replace") for own in every]
+    updates = [measure.updates(own) for own in every]
     spent = {key: _sum(marker.get(key) for marker in made) for key in ("wall_s", "cpu_s")}
     errors, drawn = {}, {}
     for test in sets:
@@ -40,8 +41,8 @@ def record(
         "errors": errors,  # of each utterance: correct, substituted, deleted, inserted words
         "speakers": drawn,  # a number for each utterance, where there are enough of them
         "curves": curves(*logs),
-        "alarms": [int(update) for update in re.findall(r"collapse at update (\d+)", logs[-1])],
-        "updates": _sum(measure.updates(own) for own in every),
+        "alarms": alarms(logs, updates),
+        "updates": _sum(updates),
         **spent,
         **{key: made[-1].get(key) for key in ("finished", "environment", "shell")},
     }
@@ -51,6 +52,15 @@ def _sum(values: Iterable[float | None]) -> float | None:
     """Nothing, if one is not known."""
     values = list(values)
     return None if None in values else sum(values)
+
+
+def alarms(logs: Sequence[str], updates: Sequence[int | None]) -> list[int]:
+    """The updates at which the monitor saw a collapse, counted over phases."""
+    found, before = [], 0
+    for log, made in zip(logs, updates):
+        found += [before + int(k) for k in re.findall(r"collapse at update (\d+)", log)]
+        before += made or 0
+    return found
 
 
 def curves(*logs: str) -> dict[str, dict[str, list]]:

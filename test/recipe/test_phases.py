@@ -174,10 +174,14 @@ def test_updates_and_curves_go_on_over_phases():
     for folder in folders:
         (folder / "train.log").write_text(LOG)
         (folder / "infer/dev").mkdir(parents=True, exist_ok=True)
+    for folder, update in zip(folders, (90, 112)):
+        with (folder / "train.log").open("a") as log:
+            log.write(f"WARNING: collapse at update {update}: loops\n")
     (folders[0] / "config.yaml").write_text("accum_grad: 2\n")
     (folders[1] / "infer/dev/text").write_text(Path("data/dev/text").read_text())
     kept = record.record(folders[1], Path("conf/phased.yaml"), ["dev"], 1, folders[:1])
     assert kept["updates"] == 200 // 2 + 200
+    assert kept["alarms"] == [90, 100 + 112]
     assert kept["curves"]["train"]["blank_share"][3:] == [[250, 0.9], [300, 0.95], [350, 1.0]]
     assert [update for update, _ in kept["curves"]["valid"]["cer_ctc"]] == [100, 200, 300, 400]
     alone = record.record(folders[1], Path("conf/phased.yaml"), ["dev"], 1)
