@@ -191,7 +191,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--num_processes", type=int, default=1, help="processes of a training on the CPU (1)")
     add("--cmd", default=_backend(), help="local or slurm (cmd.sh)")
     add("--slurm_opts", default="", help="more for sbatch, after conf/slurm.conf: '--time 2:00:00'")
-    add("--asr_config", type=Path, default=config.ASR, help=f"the model ({config.ASR})")
+    add("--asr_config", type=Path, help=f"the model ({config.ASR}, or that of the study)")
     add("--expdir", type=Path, help="experiments (exp; exp_NAME with --asr_config conf/NAME.yaml)")
     add("--teacher_mode", choices=("stored", "online"), help="of runs that are taught (their yaml)")
     add("--dumpdir", type=Path, default=Path("dump"), help="audio made by local/data.sh (dump)")
@@ -211,6 +211,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             f"--num_processes {args.num_processes} --ngpu {args.ngpu}: give one process or more of "
             "CPUs, or GPUs, which have one each"
         )
+    own = study.model(args.study) if args.study else None
+    if own and args.asr_config not in (None, own):
+        raise RecipeError(f"--asr_config {args.asr_config}: the study {args.study} is of {own}")
+    args.asr_config = args.asr_config or own or config.ASR
     args.expdir = args.expdir or config.default_expdir(args.asr_config)
     return args
 
@@ -269,6 +273,9 @@ def _chosen(
     for name in [*names, *recipe.methods, recipe.baseline, *named]:
         if name not in runs:
             where = "--method" if name in names and method not in (None, "all") else "recipe.yaml"
+            for model in sorted(Path("conf").glob("asr*.yaml")):
+                if (model.with_suffix("") / f"{name}.yaml").exists():
+                    raise RecipeError(f"{where}: {name} is of another model: --asr_config {model}")
             raise RecipeError(f"{where}: {config.did_you_mean(name, runs)}")
     if not names:
         raise RecipeError("--method: no run given")

@@ -3,6 +3,7 @@
 ``conf/studies/<study>.yaml`` of a recipe says what the cells are::
 
     question: in one sentence
+    model: conf/asr_transducer.yaml                           whose cells they are; conf/asr.yaml
     common: {method: slimipl, recipe: {init: supervised}}     over conf/asr.yaml, in every cell
     grid:                                                     one cell for each combination
         target: {hard: {}, soft: {method_conf: {hard: 0.0, soft: 1.0}}}
@@ -13,7 +14,8 @@
 
 A cell is the run ``<study>.<cell>``.  When it has been recognised, a record of each seed is written
 to ``docs/studies/data/<study>/<corpus>.<cell>.<seed>.json``: errors of every utterance (for paired
-intervals), what was logged every so many updates, settings, time, commit.
+intervals), what was logged every so many updates, settings, time, commit.  Those of a trial
+(another ``--expdir``) stay in it, ``<expdir>/records``.
 
 Usage: ``./run.sh --study <study> [--method 'soft*,hard*'] [--seed 1]``
 """
@@ -34,7 +36,7 @@ from espnet_pl.recipe.job import Job
 from espnet_pl.recipe.runs import Run, check_references, load_model, load_phases, write_phases
 
 DATA = Path("../../../docs/studies/data")
-KEYS = ("question", "common", "grid", "cells", "seeds", "sets")
+KEYS = ("question", "model", "common", "grid", "cells", "seeds", "sets")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,27 @@ class Study:
     sets: tuple[str, ...]  # what is recognised
 
 
+def model(name: str) -> Path:
+    """The model that a study is about.
+
+    Raises:
+        RecipeError: there is no such study, or it says nothing that could be a model.
+    """
+    path = _path(name)
+    found = config.mapping(path).get("model", str(config.ASR))
+    if not isinstance(found, str):
+        raise RecipeError(f"{path}: model: expected a file such as {config.ASR}, got {found!r}")
+    return Path(found)
+
+
+def _path(name: str) -> Path:
+    path = Path(f"conf/studies/{name}.yaml")
+    if not path.exists():
+        known = [found.stem for found in Path("conf/studies").glob("*.yaml")]
+        raise RecipeError(f"--study: {config.did_you_mean(name, known)}")
+    return path
+
+
 def load(
     name: str, recipe: config.Recipe, runs: Mapping[str, Run], asr: Path, expdir: Path
 ) -> Study:
@@ -55,22 +78,19 @@ def load(
     Raises:
         RecipeError: there is none of that name, or a cell cannot be.
     """
-    path = Path(f"conf/studies/{name}.yaml")
-    if not path.exists():
-        known = [found.stem for found in Path("conf/studies").glob("*.yaml")]
-        raise RecipeError(f"--study: {config.did_you_mean(name, known)}")
+    path = _path(name)
     content = config.mapping(path)
     for key in content:
         if key not in KEYS:
             raise RecipeError(f"{path}: {config.did_you_mean(key, KEYS)}")
-    model, every, seeds = load_model(asr), dict(runs), {}
+    shared, every, seeds = load_model(asr), dict(runs), {}
     for cell, settings in cells(content, str(path)).items():
         own = settings.pop("seeds", content.get("seeds", [1]))
         if not isinstance(own, list) or not all(type(seed) is int for seed in own):
             raise RecipeError(f"{path}, {cell}: seeds: expected a list of numbers, got {own!r}")
         full = f"{name}.{cell}"
         target = file_of(name, cell, expdir)
-        confs, phases = {**model, target: settings}, target.with_suffix("")
+        confs, phases = {**shared, target: settings}, target.with_suffix("")
         found = load_phases(full, confs, recipe, phases)
         if not found:
             raise RecipeError(f"{path}, {cell}: it has no method")
@@ -150,6 +170,8 @@ def chosen(
 def jobs(plan: stages.Plan, study: Study, pairs: Sequence[tuple[str, int]]) -> Iterator[Job]:
     """Train, recognise and record one cell after the other; shared starting points once."""
     corpus, seen = Path.cwd().parent.name, set()
+    trial = plan.expdir != config.default_expdir(plan.asr)
+    data = plan.expdir / "records" if trial else DATA
     recipe = replace(plan.recipe, test=list(study.sets), report_together=[])
     for name, seed in pairs:
         own = replace(plan, recipe=recipe, chosen=(name,), seeds=(seed,))
@@ -158,7 +180,7 @@ def jobs(plan: stages.Plan, study: Study, pairs: Sequence[tuple[str, int]]) -> I
                 seen.add(job.log)
                 yield job
         folder, cell = plan.dir(name, seed), name.partition(".")[2]
-        output = DATA / study.name / f"{corpus}.{cell}.{seed}.json"
+        output = data / study.name / f"{corpus}.{cell}.{seed}.json"
         texts = [folder / "infer" / test / "text" for test in study.sets]
         references = [Path(f"data/{test}/text") for test in study.sets]
         conf, before = file_of(study.name, cell, plan.expdir), plan.runs[name].before

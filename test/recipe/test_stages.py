@@ -212,7 +212,7 @@ def test_a_trial_leaves_the_table_alone():
     assert "--expdir trial" in Path("trial/RESULTS.md").read_text()
 
 
-def test_another_model_has_experiments_and_a_table_of_its_own():
+def test_another_model_has_experiments_and_a_table_of_its_own(capsys):
     Path("conf/asr_transducer.yaml").write_text("task: asr_transducer\n")
     Path("conf/decode_asr_transducer.yaml").write_text("beam_size: 1\n")
     assert call()[0] == 0
@@ -249,6 +249,9 @@ def test_another_model_has_experiments_and_a_table_of_its_own():
     assert "data/train_oracle/wav.scp" in shells["train ctc seed 1"]
     assert "exp_asr_transducer/ctc/model/model.pth" in shells["train supervised seed 1"]
     assert "train ctc seed 1" not in {job.name for job in stages.train(plan())}
+    assert call("--method", "ctc") == (2, [])
+    message = "--method: ctc is of another model: --asr_config conf/asr_transducer.yaml"
+    assert message in capsys.readouterr().err
     Path("conf/asr_transducer/ctc.yaml").unlink()
     Path("conf/asr_transducer/supervised.yaml").unlink()
     again = (

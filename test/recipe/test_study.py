@@ -114,6 +114,11 @@ def test_a_changed_cell_is_not_taken_for_the_old_one(capsys):
     assert "train soft.hard-1 seed 1" in started and "record soft.hard-1 seed 1" in started
 
 
+def test_records_of_a_trial_stay_in_it():
+    assert call("--study", "soft", "--method", "hard-1", "--expdir", "trial")[0] == 0
+    assert Path("trial/records/soft/toy.hard-1.1.json").exists() and not records()
+
+
 def test_alarms_of_the_monitor_are_kept():
     assert call("--study", "soft", "--method", "hard-1")[0] == 0
     (path,) = Path("../../../docs/studies/data/soft").glob("*")
@@ -143,12 +148,30 @@ def test_curves_count_updates_over_epochs():
         (("[1, 2]", "many"), "seeds: expected a list of numbers"),
         (("alone:", "a/b:"), "a cell is named by"),
         (("question: does it?", "sets: [tset]"), "did you mean 'test'"),
+        (("question: does it?", "model: 3"), "model: expected a file such as conf/asr.yaml, got 3"),
+        (("question: does it?", "model: conf/ars.yaml"), "did you mean 'conf/asr.yaml'"),
     ],
 )
 def test_mistakes_are_told_before_work(change, message, capsys):
     Path("conf/studies/soft.yaml").write_text(STUDY.replace(*change))
     assert call("--study", "soft") == (2, [])
     assert message in capsys.readouterr().err
+
+
+def test_a_study_is_of_the_model_that_it_names(capsys):
+    Path("conf/asr_transducer.yaml").write_text("task: asr_transducer\n")
+    Path("conf/decode_asr_transducer.yaml").write_text("beam_size: 1\n")
+    named = STUDY.replace("question: does it?", "model: conf/asr_transducer.yaml")
+    Path("conf/studies/soft.yaml").write_text(named)
+    assert call("--study", "soft", "--method", "hard-1")[0] == 0
+    assert records() == ["toy.hard-1.1.json"]
+    assert Path("exp_asr_transducer/soft.hard-1/model/model.pth").exists()
+    assert not Path("exp").exists()
+    # The same cell of another model would take the place of its record.
+    assert call("--study", "soft", "--asr_config", "conf/asr.yaml") == (2, [])
+    message = "--asr_config conf/asr.yaml: the study soft is of conf/asr_transducer.yaml"
+    assert message in capsys.readouterr().err
+    assert call("--study", "soft", "--asr_config", "conf/asr_transducer.yaml", "--dry_run")[0] == 0
 
 
 def test_studies_cells_and_seeds_that_are_not_there(capsys):
