@@ -17,8 +17,9 @@ Equation: with the encoder θ, the layers for tokens φ, and those of the self-s
     where the encoder hears x up to a random frame c, and is h_c there (losses/prediction.py).
     Both losses are means over utterances of nats: of minus the log-probability of what is to be
     known of an utterance, its transcript or its hidden frames.  So L_sup is ESPnet's own criterion,
-    γ = 0 is the method ``supervised``, but for statistics of batch normalisation, and γ is a rate
-    of exchange.
+    γ = 0 is the method ``supervised``, but for statistics of batch normalisation and for clipping
+    (``grad_clip``), whose norm is of all gradients, those of ψ among them; and γ is a rate of
+    exchange.
 Differs from the paper: its code takes nats per token and per frame, so that its γ is another one,
     raised in each epoch (by 1/500) and not in each update; it explores in 4 passes before each
     joint one, we in as many updates as is said; m, here for γ > 1, is not used there.  Its targets
