@@ -26,7 +26,7 @@ from espnet_pl.methods.registry import config_of, module_of, unknown
 from espnet_pl.parts import ranks
 from espnet_pl.parts.signals import AGAIN
 
-__all__ = ["ConfigError", "load_config", "main", "needs_language_model", "needs_unlabelled"]
+__all__ = ["ConfigError", "load_config", "main", "needs_language_model", "needs_unlabelled", "uses"]
 
 
 def load_config(paths: Sequence[str | Path]) -> dict[str, Any]:
@@ -54,6 +54,11 @@ def load_config(paths: Sequence[str | Path]) -> dict[str, Any]:
     batching.settings_of(config)
     for choices in task.class_choices_list:
         _check_conf(paths, choices, config)
+    if config.get("train_dtype") in ("float16", "bfloat16"):
+        raise ConfigError(
+            f"{_where(paths)}: train_dtype: {config['train_dtype']}: weights and moving averages "
+            "need float32; use_amp: true computes in half precision"
+        )
     criteria = config.get("best_model_criterion", [None])
     keep = config.get("keep_nbest_models", [10])
     if compat.averages_one_criterion_only() and (
@@ -78,6 +83,11 @@ def needs_language_model(config: Mapping[str, Any]) -> bool:
     name = config.get("method", "supervised")
     settings = config_of(name, config.get("method_conf", {}))
     return "language_model" in module_of(name).Method.needs(settings)
+
+
+def uses(config: Mapping[str, Any]) -> list[str]:
+    """What from outside the method of a configuration has a use for, by name."""
+    return sorted(module_of(config.get("method", "supervised")).Method.uses)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,6 +26,7 @@ class Verdict(NamedTuple):
     taught: bool = False  # one trained teacher
     asked: str | None = None  # a hash of what it asks its teacher
     language_model: bool = False
+    uses: Sequence[str] = ("language_model", "teachers")  # it may have
 
 
 def check_runs(
@@ -85,6 +86,7 @@ def main(configurations: Sequence[str]) -> None:
             load_config,
             needs_language_model,
             needs_unlabelled,
+            uses,
         )
 
     verdicts: list[dict | str] = []
@@ -96,6 +98,7 @@ def main(configurations: Sequence[str]) -> None:
                 is_taught(conf),
                 hash_of_asked(conf),
                 needs_language_model(conf),
+                uses(conf),
             )
             verdicts.append(found._asdict())
         except ConfigError as error:

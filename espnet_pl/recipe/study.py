@@ -100,6 +100,8 @@ def load(
         seeds[full] = tuple(own)
     check_references(every)
     sets = content.get("sets", [recipe.valid])
+    if not isinstance(sets, list):
+        raise RecipeError(f"{path}: sets: expected a list of test sets, got {sets!r}")
     for test in sets:
         if test not in (recipe.valid, *recipe.test):
             raise RecipeError(f"{path}, sets: {config.did_you_mean(test, recipe.test)}")
@@ -115,9 +117,22 @@ def cells(content: Mapping[str, Any], where: str) -> dict[str, dict]:
     """The settings of each cell: what is common, the grid's, its own.
 
     Raises:
-        RecipeError: a cell is like one that is not there.
+        RecipeError: a cell is like one that is not there, or no mapping.
     """
-    common, grid = content.get("common") or {}, content.get("grid") or {}
+
+    def settings_in(value: Any, name: str) -> dict:
+        if not isinstance(value or {}, dict):
+            raise RecipeError(f"{where}, {name}: expected 'name: value' lines, got {value!r}")
+        return value or {}
+
+    common, grid, named = (
+        settings_in(content.get(key), key) for key in ("common", "grid", "cells")
+    )
+    for axis, values in grid.items():
+        for value, own in settings_in(values, f"grid: {axis}").items():
+            settings_in(own, f"grid: {axis}: {value}")
+    if not named and not grid:
+        raise RecipeError(f"{where}: no cells and no grid of them")
     found: dict[str, dict] = {}
     if grid:
         for values in itertools.product(*(axis.items() for axis in grid.values())):
@@ -125,8 +140,8 @@ def cells(content: Mapping[str, Any], where: str) -> dict[str, dict]:
             for _, own in values:
                 settings = merge(settings, own or {})
             found["-".join(str(value) for value, _ in values)] = settings
-    for cell, own in (content.get("cells") or {}).items():
-        own = dict(own or {})
+    for cell, own in named.items():
+        own = dict(settings_in(own, str(cell)))
         like = own.pop("like", None)
         if like is not None and like not in found:
             raise RecipeError(f"{where}, {cell}: like: {config.did_you_mean(like, found)}")

@@ -30,6 +30,11 @@ def refuse(runs: Mapping[str, Run], verdicts: Mapping[str, check.Verdict]) -> No
                 f"{where} method {runs[name].method} learns from one, a run or the path of a "
                 f"model; there are {len(options.teachers)}"
             )
+        if options.teachers and not verdict.taught and "teachers" not in verdict.uses:
+            raise RecipeError(
+                f"{where} method {runs[name].method} makes no pseudo-labels: it has no use for "
+                "other teachers (of phases, only those that have name them)"
+            )
         for teacher in [] if verdict.taught else options.teachers:
             if is_path(teacher):
                 raise RecipeError(f"{where} {teacher}: method {runs[name].method} takes runs only")

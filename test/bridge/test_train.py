@@ -234,6 +234,7 @@ def test_a_checkpoint_of_stock_espnet_is_not_continued_silently(arguments, tmp_p
             {"best_model_criterion": [["valid", "loss", "min"], ["valid", "acc", "max"]]},
             "one of each",
         ),
+        ({"train_dtype": "float16"}, "train_dtype: float16: .*use_amp: true"),
     ],
 )
 def test_bad_configurations_are_refused_before_any_work(changes, message, arguments, tmp_path):

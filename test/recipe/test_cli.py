@@ -191,9 +191,15 @@ def test_the_bridge_is_asked(monkeypatch):
     Path("conf/lpm.yaml").write_text("method: lpm\n")
     files.append(["conf/asr.yaml", "conf/lpm.yaml"])
     supervised, slimipl, oracle, taught, wider, same, lpm = ASK(files)
-    assert check.Verdict(**lpm) == (True, False, None, True)
-    assert check.Verdict(**supervised) == (False, False, None, False)
-    assert check.Verdict(**slimipl) == (True, False, None, False)
+    assert check.Verdict(**lpm) == (
+        True,
+        False,
+        None,
+        True,
+        ["language_model", "teachers", "truth"],
+    )
+    assert check.Verdict(**supervised) == (False, False, None, False, ["truth"])
+    assert check.Verdict(**slimipl) == (True, False, None, False, ["teachers", "truth"])
     assert taught["unlabelled"] and taught["taught"] and taught == same
     assert wider["asked"] not in (taught["asked"], None)
     assert "max_epohc" in oracle and "max_epoch" in oracle

@@ -135,6 +135,17 @@ def test_a_call_does_it_once_and_again_when_the_text_has_changed(capsys):
     assert {"train_lm word", "train lpm seed 1"} <= {*started}
 
 
+def test_a_method_that_has_no_use_for_one_is_told_before_work(capsys):
+    Path("conf/mpl.yaml").write_text("method: slimipl\nrecipe: {language_model: a/b.arpa}\n")
+    assert call("--method", "mpl") == (2, [])
+    assert "mpl.yaml, recipe: language_model: method slimipl has no use" in capsys.readouterr().err
+    phases = "{first: {method: lpm}, tune: {method: supervised}}"
+    common = "recipe: {init: supervised, language_model: a/b.arpa, phases: %s}\n"
+    Path("conf/mpl.yaml").write_text(common % phases)
+    assert call("--method", "mpl") == (2, [])
+    assert "method supervised has no use for one (of phases, only" in capsys.readouterr().err
+
+
 def test_cells_of_a_study_have_one_too():
     Path("conf/studies").mkdir()
     Path("conf/studies/s.yaml").write_text("common: {method: lpm}\ncells: {x: {}, y: {seed: 2}}\n")

@@ -148,6 +148,19 @@ def test_curves_count_updates_over_epochs():
         (("[1, 2]", "many"), "seeds: expected a list of numbers"),
         (("alone:", "a/b:"), "a cell is named by"),
         (("question: does it?", "sets: [tset]"), "did you mean 'test'"),
+        (("question: does it?", "sets: test"), "sets: expected a list of test sets, got 'test'"),
+        (
+            ("alone: {method: supervised, recipe: {init: continued}}", "alone: supervised"),
+            "conf/studies/soft.yaml, alone: expected 'name: value' lines, got 'supervised'",
+        ),
+        (
+            (
+                "ratio: {1: {method_conf: {unlabelled: 1}}, 10: {method_conf: {unlabelled: 10}}}",
+                "ratio: [1, 2]",
+            ),
+            "grid: ratio: expected 'name: value' lines, got [1, 2]",
+        ),
+        (("hard: {}", "hard: 1"), "grid: target: hard: expected 'name: value' lines, got 1"),
         (("question: does it?", "model: 3"), "model: expected a file such as conf/asr.yaml, got 3"),
         (("question: does it?", "model: conf/ars.yaml"), "did you mean 'conf/asr.yaml'"),
     ],
@@ -182,5 +195,7 @@ def test_studies_cells_and_seeds_that_are_not_there(capsys):
     ):
         assert call(*words) == (2, [])
         assert message in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="no cells"):
+        study.cells({"seeds": [1]}, "x")
     with pytest.raises(RecipeError, match="like: 'x'"):
         study.cells({"cells": {"a": {"like": "x"}}}, "x")

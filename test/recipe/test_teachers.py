@@ -134,6 +134,7 @@ def test_a_teacher_may_have_other_tokens():
         (TAUGHT.format(1, 1, "continued, oracle"), "there are 2"),
         (TAUGHT.format(1, 1, "continud"), "did you mean 'continued'"),
         (TAUGHT.format(1, 1, "a"), "need each other: a <- a"),
+        ("method: supervised\nrecipe: {teachers: [oracle]}\n", "no use for other teachers"),
         ("method: slimipl\nrecipe: {teachers: [x/y]}\n", "x/y: method slimipl takes runs only"),
     ],
 )

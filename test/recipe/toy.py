@@ -27,7 +27,8 @@ def verdicts(configurations):
         asked = f"beam {merged.get('method_conf', {}).get('beam')}" if taught else None
         unlabelled = taught or merged["method"] in ("slimipl", "lpm")
         of_text = merged["method"] == "lpm"
-        found.append(check.Verdict(unlabelled, taught, asked, of_text)._asdict())
+        uses = ["language_model"] * of_text + ["teachers"] * (merged["method"] != "supervised")
+        found.append(check.Verdict(unlabelled, taught, asked, of_text, uses)._asdict())
     return found
 
 
