@@ -13,7 +13,7 @@ run in a recipe's folder.  Of the model's labels, in per cent of the tokens that
     oracle              the best hypothesis there is
 
 and the entropy of w in nats.  With a language model, of the hypotheses that lpm would keep (where
-it keeps none, of the greedy one), and the perplexity of what was said:
+it keeps none, of the greedy one, whose length decides), and the perplexity of what was said:
 
     uniform, lm, lm·w   the mean over hypotheses, alike or weighed by the language model or by both
 
@@ -69,7 +69,7 @@ def measure(
         rows = [y[:n] for y, n in zip(record["labels"].tolist(), record["lengths"].tolist())]
         edits = torch.tensor([float(Levenshtein.distance(y, said)) for y in rows])
         if language_model is not None:
-            log_lm = by_language_model(language_model, rows, len(first))
+            log_lm = by_language_model(language_model, rows, len(label))
             left = ~log_lm.isneginf()
             log_w = record["log_w"][left]
             for name, prior in zip(PRIORS, (0 * log_w, log_lm[left], log_lm[left] + log_w)):

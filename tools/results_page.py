@@ -14,8 +14,8 @@ summed; the time is in times that of its model's baseline.
 Usage: tools/results_page.py [PAGE]...
 """
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from espnet_pl.recipe import config, report
@@ -116,6 +116,9 @@ def fill(text: str, egs: Path = ROOT / "egs") -> str:
 
 
 if __name__ == "__main__":
-    for page in sys.argv[1:] or [ROOT / name for name in PAGES]:
-        path = Path(page)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("page", type=Path, nargs="*", help=" ".join(PAGES))
+    for path in parser.parse_args().page or [ROOT / name for name in PAGES]:
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")

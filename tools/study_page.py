@@ -20,10 +20,10 @@ makes more of the difference between two kinds of speech.
 Usage: tools/study_page.py soft_pl
 """
 
+import argparse
 import fnmatch
 import json
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -57,6 +57,10 @@ def rate(records: dict[int, dict], sets: list[str], less: list[str] | None = Non
     """Word error rates in per cent, one for each seed; of ``sets`` less those of ``less``."""
     out = []
     for record in records.values():
+        if unknown := {*sets} - {*record["errors"]}:
+            raise SystemExit(
+                f"no test set {unknown.pop()!r}: 'on' of {', '.join(record['errors'])}"
+            )
         counts = np.array([row for test in sets for row in record["errors"][test].values()])
         out.append(100 * counts[:, 1:].sum() / counts[:, :3].sum())
     return out if not less else [a - b for a, b in zip(out, rate(records, less))]
@@ -317,6 +321,9 @@ def fill(study: str, folder: Path = FOLDER) -> None:
         nonlocal figures
         head, kind, corpus, what, patterns, end = match.groups()
         cells = records.get(corpus.strip(), {})
+        for name in re.findall(r"\b(?:against|from|to) (\S+)", what) if kind != "figure" else []:
+            if not any(name in others for others in records.values()):
+                raise SystemExit(f"{page}: {what.strip()!r}: no record of a cell {name!r}")
         wanted = "teacher-*" if kind == "ladder" else patterns
         if not picked(cells, wanted):
             raise SystemExit(f"{page}: no record of {corpus} fits {patterns!r}")
@@ -335,4 +342,9 @@ def fill(study: str, folder: Path = FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    fill(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = sorted(path.name for path in (FOLDER / "data").iterdir())
+    parser.add_argument("study", choices=known)
+    fill(parser.parse_args().study)

@@ -203,3 +203,18 @@ def test_a_pattern_that_nothing_fits_is_told(folder):
     (folder / "soft.md").write_text(TEXT.replace("hard: *", "hard: sfot*"))
     with pytest.raises(SystemExit, match="no record of toy fits 'sfot"):
         page.fill("soft", folder)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("table toy: against hrad: *", "no record of a cell 'hrad'"),
+        ("recovery toy: from hard to bets on dev: *", "no record of a cell 'bets'"),
+        ("table toy: against hard on tset: *", "no test set 'tset'"),
+        ("recovery toy: from hard to hard: *", "no test set ''"),
+    ],
+)
+def test_names_that_no_record_has_are_refused(folder, block, message):
+    (folder / "soft.md").write_text(f"<!-- {block} -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match=message):
+        page.fill("soft", folder)
