@@ -191,13 +191,15 @@ def test_other_teachers_that_do_not_fit(arguments, tmp_path):
 def test_parts_of_a_seed_can_be_loaded_as_in_stock_espnet(arguments, tmp_path):
     main(arguments("supervised", "seed", max_epoch=1))
     seed = tmp_path / "seed/1epoch.pth"
-    argv = arguments("supervised", "next", max_epoch=1, optim_conf={"lr": 0.0})
-    main([*argv, "--init_param", f"{seed}:encoder:encoder"])
-    old, new = weights(seed), weights(tmp_path / "next/1epoch.pth")
-    moving = ("running", "batches")
+    conf, start = dict(max_epoch=1, optim_conf={"lr": 0.0}), [f"{seed}:encoder:encoder"]
+    main([*arguments("supervised", "flag", **conf), "--init_param", *start])
+    main(arguments("supervised", "file", **conf, init_param=start))
+    old, moving = weights(seed), ("running", "batches")
     mine = [k for k in old if k.startswith("encoder.") and not any(m in k for m in moving)]
-    assert mine and all(torch.equal(old[k], new[k]) for k in mine)
-    assert not torch.equal(old["ctc.ctc_lo.weight"], new["ctc.ctc_lo.weight"])
+    for way in ("flag", "file"):
+        new = weights(tmp_path / way / "1epoch.pth")
+        assert mine and all(torch.equal(old[k], new[k]) for k in mine)
+        assert not torch.equal(old["ctc.ctc_lo.weight"], new["ctc.ctc_lo.weight"])
 
 
 def test_frozen_parameters_stay(arguments, tmp_path):
