@@ -9,6 +9,7 @@ A block of the page is written anew between its lines,
     <!-- ladder fsdd: on test: hard full -->          cells X-hard, X-full of teachers teacher-X
     <!-- ladder fsdd: on test less dev: hard full --> how many more errors they make here than there
     <!-- recovery fsdd: from continued to oracle on test: lm* -->     shares of an oracle's gain
+    <!-- origin -->            how many trainings there are, when, of which commits, on what machine
     <!-- end -->
 
 everything else is left as it is.  A figure lies beside the page, with one panel for each quantity
@@ -24,7 +25,7 @@ import argparse
 import fnmatch
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "docs/studies"
 BLOCK = re.compile(
     r"(<!-- (table|figure|ladder|recovery) ([^:]+): ([^:]+): (.+?) -->\n).*?(<!-- end -->)", re.S
 )
+ORIGIN = re.compile(r"(<!-- origin -->\n).*?(<!-- end -->)", re.S)
 LAST = 100  # updates at the end of a training over which a quantity is averaged
 DIAGNOSTICS = ("student_blank_share", "student_frame_entropy", "label_error_rate")
 
@@ -140,6 +142,26 @@ def last(records: dict[int, dict], name: str) -> float | None:
         if curve:
             ends.append(np.mean([y for x, y in curve if x > curve[-1][0] - LAST]))
     return float(np.mean(ends)) if ends else None
+
+
+def origin(records: dict[str, dict[str, dict[int, dict]]]) -> str:
+    """When, where and of what all trainings of a study are."""
+    every = [one for cells in records.values() for of in cells.values() for one in of.values()]
+    if not every:
+        return ""
+    days = sorted({one["finished"][:10] for one in every})
+    spent = sum(one["wall_s"] or 0 for one in every) / 3600
+    kinds: dict[str, Counter] = defaultdict(Counter)
+    for one in every:
+        about = dict(one["environment"])
+        commit = about.pop("commit", "unknown")
+        kinds[", ".join(f"{k} {v}" if k != "machine" else v for k, v in about.items())][commit] += 1
+    when = " to ".join(dict.fromkeys([days[0], days[-1]]))
+    lines = [f"{len(every)} trainings, {spent:.1f} h in sum, {when}:", ""]
+    for about, commits in kinds.items():
+        told = ", ".join(f"{commit} ({n})" for commit, n in commits.most_common())
+        lines.append(f"- {about}; commits {told}")
+    return "\n".join([*lines, ""])
 
 
 def table(cells: dict, what: str, patterns: str) -> str:
@@ -338,7 +360,9 @@ def fill(study: str, folder: Path = FOLDER) -> None:
         figure(cells, what, patterns, path)
         return f"{head}![{what} of {patterns} on {corpus}]({path.name})\n{end}"
 
-    page.write_text(BLOCK.sub(block, page.read_text(encoding="utf-8")), encoding="utf-8")
+    text = BLOCK.sub(block, page.read_text(encoding="utf-8"))
+    text = ORIGIN.sub(lambda match: match[1] + origin(records) + match[2], text)
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

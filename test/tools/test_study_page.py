@@ -33,6 +33,8 @@ def record(cell, seed, wrong, speakers=None):
         "corpus": "toy", "cell": cell, "seed": seed, "errors": {"dev": errors},
         "speakers": {"dev": speakers}, "updates": 200, "wall_s": 60.0,
         "alarms": [120, 180] if wrong > 15 else [],
+        "finished": f"2026-01-0{seed} 10:00:00",
+        "environment": {"torch": "2", "commit": "abc" if seed < 3 else "def", "machine": "M"},
         "curves": {
             "train": {
                 "student_blank_share": [[50, 0.5], [100, 0.6], [150, 0.8], [200, 1.0]],
@@ -197,6 +199,15 @@ def test_a_ladder_before_its_students(folder):
     (folder / "soft.md").write_text("<!-- ladder toy: on dev: new -->\n<!-- end -->\n")
     page.fill("soft", folder)
     assert "|new|–|–|" in (folder / "soft.md").read_text()
+
+
+def test_where_the_numbers_are_from(folder):
+    (folder / "soft.md").write_text("<!-- origin -->\nold\n<!-- end -->\nMore.\n")
+    page.fill("soft", folder)
+    assert (folder / "soft.md").read_text() == (
+        "<!-- origin -->\n6 trainings, 0.1 h in sum, 2026-01-01 to 2026-01-03:\n\n"
+        "- torch 2, M; commits abc (4), def (2)\n<!-- end -->\nMore.\n"
+    )
 
 
 def test_a_pattern_that_nothing_fits_is_told(folder):
