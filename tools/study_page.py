@@ -220,12 +220,17 @@ def difference(
     sets: list[str],
     less: list[str] | None = None,
 ) -> str:
-    """``interval`` in words; nothing without seeds that both have."""
+    """``interval`` in words, and of which seeds, if some have others, too; nothing without any."""
     found = interval(mine, base, sets, less)
     if not found:
         return ""
     mean, low, high, n = found
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {measure.verdict(low, high, n)}"
+    seeds = [{*cell} for cell in (*mine, *base)]
+    told = ""
+    if any(of != seeds[0] for of in seeds):
+        common = ", ".join(map(str, sorted(set.intersection(*seeds))))
+        told = f" (seed{'s' * (n > 1)} {common})"
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {measure.verdict(low, high, n)}{told}"
 
 
 def ladder(cells: dict, corpus: str, what: str, suffixes: str, path: Path) -> str:

@@ -19,7 +19,8 @@ from espnet_pl.parts.schedule import ramp
 class BilevelConfig:
     """Names of the authors' code beside the fields that have one."""
 
-    # Updates, in turn: so many of exploration, so many joint ones (0: all that follow).
+    # Updates (with accum_grad, batches), in turn: so many of exploration, so many joint ones (0:
+    # all that follow).
     explore: int = 4  # in passes                                pre_ep
     joint: int = 1
     gamma: float = 0.0  # γ_0                                    gamma_init

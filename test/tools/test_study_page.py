@@ -201,6 +201,15 @@ def test_a_ladder_before_its_students(folder):
     assert "|new|–|–|" in (folder / "soft.md").read_text()
 
 
+def test_of_which_seeds_a_difference_is(folder):
+    keep(folder, record("once", 2, 9))
+    (folder / "soft.md").write_text("<!-- table toy: against hard: once soft -->\n<!-- end -->\n")
+    page.fill("soft", folder)
+    once, soft = (folder / "soft.md").read_text().splitlines()[3:5]
+    assert "+3.0 [" in once and "inconclusive (seed 2)|" in once
+    assert "+10.0 [" in soft and "(seed" not in soft
+
+
 def test_where_the_numbers_are_from(folder):
     (folder / "soft.md").write_text("<!-- origin -->\nold\n<!-- end -->\nMore.\n")
     page.fill("soft", folder)
