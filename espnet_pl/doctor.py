@@ -27,7 +27,6 @@ ENTRY_POINTS = (
     "espnet2.bin.asr_train",
     "espnet2.bin.asr_inference",
     "espnet2.bin.asr_transducer_inference",
-    "espnet2.bin.lm_train",
     "espnet2.bin.tokenize_text",
     "espnet2.bin.pack",
 )

@@ -171,19 +171,21 @@ def tidy(folder: Path) -> None:
 
 
 @contextmanager
-def saving(folder: Path, checkpoint: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def saving(
+    folder: Path, checkpoint: Callable[[dict[str, Any]], None] | None = None
+) -> Iterator[None]:
     """Inside, what ESPnet saves in a folder is replaced at once, never written over.
 
     Its trainer calls ``torch.save`` with the name of the file, and has no seam there.
 
     Args:
-        checkpoint: is given what ESPnet would write to ``checkpoint.pth``.
+        checkpoint: is given what ESPnet would write to ``checkpoint.pth``, in place of the file.
     """
 
     def save(states: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(file, (str, Path)) or Path(file).parent != folder:
             _save(states, file, *args, **kwargs)
-        elif Path(file).name == NAME:
+        elif checkpoint and Path(file).name == NAME:
             checkpoint(states)
         else:
             replace(Path(file), lambda new: _save(states, new, *args, **kwargs))

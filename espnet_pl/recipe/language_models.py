@@ -82,8 +82,8 @@ def jobs(plan: "Plan") -> Iterator[Job]:
 def _train(plan: "Plan", kind: str, text: Path) -> Job:
     outputs, valid = _model(plan, kind), Path(f"data/{plan.recipe.valid}/text")
     folder, tokens = outputs[0].parent, plan.recipe.token_files(kind)
-    argv = ["python3", "-m", "espnet2.bin.lm_train", "--config", str(CONF), "--token_type", kind]
-    argv += ["--token_list", str(tokens[0])]
+    argv = ["python3", "-m", "espnet_pl.bridge.lm_train", "--config", str(CONF)]
+    argv += ["--token_type", kind, "--token_list", str(tokens[0])]
     argv += ["--bpemodel", str(tokens[1])] if tokens[1:] else []
     for part, path in (("train", text), ("valid", valid)):
         argv += [f"--{part}_data_path_and_name_and_type", f"{path},text,text"]

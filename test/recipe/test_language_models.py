@@ -42,7 +42,7 @@ def test_a_run_that_needs_one_waits_for_the_recipe_s_own():
     assert text.outputs == (Path("exp/lm/text"),) and {*text.outputs} <= {*train.inputs}
     shell = train.shell()
     for part in (
-        "-m espnet2.bin.lm_train --config conf/lm.yaml --token_type word ",
+        "-m espnet_pl.bridge.lm_train --config conf/lm.yaml --token_type word ",
         "--token_list data/token_list/word/tokens.txt --train",
         "--train_data_path_and_name_and_type exp/lm/text,text,text --train_shape_file exp/lm/text",
         "--valid_data_path_and_name_and_type data/dev/text,text,text",
