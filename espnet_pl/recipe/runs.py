@@ -32,7 +32,9 @@ class RunOptions:
         unlabelled: the unlabelled set (default: the recipe's, if there is one).
         token_type: ``word``, ``char`` or ``bpe`` (default: the recipe's).  A run that starts from
             one with another token type takes over the encoder only.
-        init: the run whose exported model this one starts from.
+        init: the run whose exported model this one starts from, or the path of any ESPnet model of
+            the same architecture: a folder of config.yaml and model.pth, or weights (``.pth``)
+            beside their config.yaml.
         take: what of it, ``model`` or ``encoder``.
         teachers: runs whose exported models label beside the method's own teacher.  A method that
             is taught has one: a run, of any tokens, or the path of a model folder or packed zip.
@@ -181,8 +183,11 @@ def check_references(runs: Mapping[str, Run]) -> None:
     """
     for run in runs.values():
         where = f"{run.files[1]}, recipe:"
-        if run.options.init is not None and run.options.init not in runs:
-            raise RecipeError(f"{where} init: {did_you_mean(run.options.init, runs)}")
+        init = run.options.init
+        if init is not None and is_path(init):
+            _check_model(init, f"{where} init:")
+        elif init is not None and init not in runs:
+            raise RecipeError(f"{where} init: {did_you_mean(init, runs)}")
         for name in run.options.teachers:
             if name not in runs and not is_path(name):
                 raise RecipeError(f"{where} teachers: {did_you_mean(name, runs)}")
@@ -190,9 +195,29 @@ def check_references(runs: Mapping[str, Run]) -> None:
             raise RecipeError(f"{where} export: must be student or teacher")
 
 
-def is_path(teacher: str) -> bool:
-    """Whether a teacher is no run but a model from elsewhere."""
-    return "/" in teacher or teacher.endswith(".zip")
+def is_path(model: str) -> bool:
+    """Whether what is named is no run but a model from elsewhere."""
+    return "/" in model or model.endswith(".zip")
+
+
+def weights_of(model: str) -> Path:
+    """The weights of a model from elsewhere that is not packed."""
+    path = Path(model)
+    return path if path.suffix == ".pth" else path / "model.pth"
+
+
+def _check_model(model: str, where: str) -> None:
+    if model.endswith(".zip"):
+        raise RecipeError(
+            f"{where} {model} is packed: unpack it (python3 -m zipfile -e {model} FOLDER) and name "
+            "the folder of its config.yaml"
+        )
+    for path in (weights_of(model).with_name("config.yaml"), weights_of(model)):
+        if not path.is_file():
+            raise RecipeError(
+                f"{where} there is no {path}: name a folder of config.yaml and model.pth, or "
+                "weights (.pth) beside their config.yaml"
+            )
 
 
 def files(run: str, asr: Path) -> list[Path]:
@@ -214,9 +239,9 @@ def with_inits(names: Iterable[str], runs: Mapping[str, Run]) -> list[str]:
             raise RecipeError(f"runs that need each other: {' <- '.join((*path, name))}")
         if name not in ordered:
             options = runs[name].options
-            teachers = (teacher for teacher in options.teachers if not is_path(teacher))
-            for other in filter(None, [options.init, *teachers]):
-                visit(other, (*path, name))
+            for other in filter(None, [options.init, *options.teachers]):
+                if not is_path(other):
+                    visit(other, (*path, name))
             ordered.append(name)
 
     for name in names:

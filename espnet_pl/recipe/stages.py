@@ -13,7 +13,7 @@ from pathlib import Path
 from espnet_pl.recipe import check, config, language_models, parts, teachers
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
-from espnet_pl.recipe.runs import Run, with_inits
+from espnet_pl.recipe.runs import Run, is_path, weights_of, with_inits
 
 PART = 500  # utterances recognised by one job; not --nj, which must not make results old
 
@@ -141,9 +141,10 @@ def train(plan: Plan) -> Iterator[Job]:
                     argv += ["--truth", f"data/{recipe.truth}/text"]
                     inputs.append(Path(f"data/{recipe.truth}/text"))
             if options.init:
-                start = plan.dir(options.init, seed) / "model" / "model.pth"
-                same = plan.runs[options.init].options.token_type == options.token_type
-                whole = same and options.take == "model"
+                elsewhere = is_path(options.init)
+                model = options.init if elsewhere else str(plan.dir(options.init, seed) / "model")
+                start = weights_of(model)
+                whole = options.take == "model" and _same_tokens(plan, run, start)
                 argv += ["--init_param", str(start) if whole else f"{start}:encoder:encoder"]
                 inputs.append(start)
             for teacher in options.teachers:
@@ -318,6 +319,28 @@ def _training(plan: Plan, labelled: str, token_type: str) -> tuple[list[str], li
         argv += [f"--{part}_shape_file", str(shape)]
         inputs += [wav, text, shape]
     return [*argv, "--use_preprocessor", "true"], inputs
+
+
+def _same_tokens(plan: Plan, run: Run, weights: Path) -> bool:
+    """Whether the model that a run starts from has the run's tokens.
+
+    Raises:
+        RecipeError: one from elsewhere has not.
+    """
+    options = run.options
+    if not is_path(options.init):
+        return plan.runs[options.init].options.token_type == options.token_type
+    tokens, conf = plan.recipe.token_files(options.token_type)[0], weights.with_name("config.yaml")
+    if not tokens.exists():  # a dry run
+        return True
+    theirs = config.mapping(conf).get("token_list")
+    if theirs != tokens.read_text(encoding="utf-8").splitlines():
+        raise RecipeError(
+            f"{run.files[1]}, recipe: init: {conf} has other tokens than {tokens}: take: encoder, "
+            "for its encoder only; or put its tokens.txt (and bpe.model) there, with "
+            "--skip_stages train_tokenizer"
+        )
+    return True
 
 
 def _stats(plan: Plan) -> Path:

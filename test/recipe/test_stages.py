@@ -374,3 +374,52 @@ def test_configurations_are_checked_once(monkeypatch):
     call("--stop_stage", "train")
     monkeypatch.setattr(check, "ask", lambda files: pytest.fail("asked again"))
     assert call("--stop_stage", "train")[0] == 0
+
+
+# --- a model from elsewhere ----------------------------------------------------------------------
+
+
+def elsewhere(folder, tokens=("<blank>", "the", "<sos/eos>")):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"token_list: {list(tokens)}\n")
+    (folder / "model.pth").write_text("weights")
+    return folder
+
+
+def test_a_run_may_start_from_a_model_from_elsewhere(tmp_path, capsys):
+    folder = elsewhere(tmp_path / "mine")
+    for named in (folder, folder / "model.pth"):
+        Path("conf/slimipl.yaml").write_text(f"method: slimipl\nrecipe: {{init: {named}}}\n")
+        jobs = {job.name: job for job in stages.train(plan(("slimipl",), seeds=(3,)))}
+        assert f"--init_param {folder}/model.pth " in jobs["train slimipl seed 3"].shell()
+        assert folder / "model.pth" in jobs["train slimipl seed 3"].inputs
+        assert "train supervised seed 3" not in jobs
+    code, started = call("--method", "slimipl")  # whose tokens are none of a real list
+    assert code == 2 and "train_tokenizer" in started and "train slimipl seed 1" not in started
+    assert "mine/config.yaml has other tokens than data/token_list/word" in capsys.readouterr().err
+    tokens = Path("data/token_list/word/tokens.txt").read_text().splitlines()
+    (folder / "config.yaml").write_text(f"token_list: {tokens}\n")
+    assert "train slimipl seed 1" in call("--method", "slimipl")[1]
+    (folder / "config.yaml").write_text("token_list: [others]\n")
+    Path("conf/slimipl.yaml").write_text(
+        f"method: slimipl\nrecipe: {{init: {folder}, take: encoder}}\n"
+    )
+    jobs = {job.name: job for job in stages.train(plan(("slimipl",)))}
+    part = f"--init_param {folder}/model.pth:encoder:encoder"
+    assert part in jobs["train slimipl seed 1"].shell()
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("a/b.zip", "init: a/b.zip is packed: unpack it"),
+        ("a/b", "there is no a/b/config.yaml: name a folder"),
+        ("half/ave.pth", "there is no half/ave.pth: name a folder"),
+    ],
+)
+def test_models_that_are_not_there_are_told_before_work(named, message, capsys):
+    Path("half").mkdir()
+    Path("half/config.yaml").write_text("token_list: []\n")
+    Path("conf/slimipl.yaml").write_text(f"method: slimipl\nrecipe: {{init: {named}}}\n")
+    assert call("--method", "slimipl") == (2, [])
+    assert message in capsys.readouterr().err
