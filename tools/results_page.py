@@ -15,6 +15,7 @@ Usage: tools/results_page.py [PAGE]...
 """
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -48,9 +49,11 @@ def rates(tables: dict[str, list[dict[str, str]]], test: str) -> dict[str, str]:
     return {row["run"]: row[column].strip("*") for row in rows}
 
 
-def costs(tables: dict[str, list[dict[str, str]]], run: str) -> tuple[int, float]:
-    """Updates and seconds of a processor, of all phases."""
+def costs(tables: dict[str, list[dict[str, str]]], run: str) -> tuple[int | str, float]:
+    """Updates and seconds of a processor, of all phases; ? and NaN where one is not known."""
     rows = [row for row in tables["Training"] if row["run"].split(".")[0] == run]
+    if any("?" in (row["updates"], row["CPU time"]) for row in rows):
+        return "?", math.nan
     return sum(int(row["updates"]) for row in rows), sum(seconds(row["CPU time"]) for row in rows)
 
 
@@ -76,9 +79,8 @@ def results(recipe: str, test: str, egs: Path) -> str:
                 points = f"{found['WER points']} {found['95 % interval']} {found['verdict']}"
                 recovered = found["recovered %"]
             updates, time = costs(tables, run)
-            rows.append(
-                (f"`{run}`", f"**{rate}**", points, recovered, updates, f"{time / once:.2f}")
-            )
+            times = "?" if math.isnan(time / once) else f"{time / once:.2f}"
+            rows.append((f"`{run}`", f"**{rate}**", points, recovered, updates, times))
     return "\n".join([*report.table(HEAD, rows), ""])
 
 

@@ -80,6 +80,14 @@ def test_the_table_of_a_recipe(egs):
     assert page.fill(filled, egs) == filled
 
 
+def test_costs_that_are_not_known(egs):
+    path = egs / "small/pl1/RESULTS.md"
+    path.write_text(path.read_text().replace("|300|", "|?|"))  # of its first phase
+    filled = page.fill("<!-- results small: dev -->\n<!-- end -->\n", egs).splitlines()
+    assert filled[3].endswith("|800|1.00|")
+    assert filled[4].endswith("|30.0|?|?|")
+
+
 def test_a_table_of_several_recipes(egs):
     text = "<!-- rates small dev, toy test+far: csl oracle lpm -->\n<!-- end -->\n"
     assert page.fill(text, egs).splitlines()[1:-1] == [
