@@ -64,6 +64,26 @@ def check_runs(
     }
 
 
+def refuse_unused(runs: Mapping[str, Run], verdicts: Mapping[str, Verdict]) -> None:
+    """A run names teachers or a language model only if its method has a use for them.
+
+    Args:
+        verdicts: of the runs that matter.
+
+    Raises:
+        config.RecipeError: one does without.
+    """
+    for name, verdict in verdicts.items():
+        run = runs[name]
+        for what, words in (("teachers", "other teachers"), ("language_model", "one")):
+            used = what in verdict.uses or (what == "teachers" and verdict.taught)
+            if getattr(run.options, what) and not used:
+                raise config.RecipeError(
+                    f"{run.files[1]}, recipe: {what}: method {run.method} has no use for {words} "
+                    "(of phases, only those that have name it)"
+                )
+
+
 def ask(configurations: Sequence[Sequence[str]]) -> list[dict | str]:
     """The fields of a `Verdict`, or a message about a mistake."""
     argv = [sys.executable, "-m", __name__, *(",".join(files) for files in configurations)]

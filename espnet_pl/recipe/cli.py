@@ -11,17 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from espnet_pl.recipe import (
-    check,
-    config,
-    language_models,
-    launch,
-    progress,
-    report,
-    stages,
-    study,
-    teachers,
-)
+from espnet_pl.recipe import check, config, launch, progress, report, stages, study, teachers
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.runs import Run, load_runs, with_inits, write_phases
 
@@ -131,7 +121,7 @@ def _plan(call: _Call, recipe: config.Recipe) -> stages.Plan:
             needed, sorted(others), runs, args.expdir, write=not args.dry_run
         )
         teachers.refuse(runs, verdicts)
-        language_models.refuse(runs, verdicts)
+        check.refuse_unused(runs, verdicts)
     known = {name: run for name, run in runs.items() if name not in others or name in verdicts}
     return stages.Plan(
         recipe, known, tuple(call.chosen), tuple(call.seeds), verdicts,

@@ -1,35 +1,17 @@
 """Language models of runs: a recipe's own, which ESPnet trains on text, or one from elsewhere."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espnet_pl.recipe import check
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
-from espnet_pl.recipe.runs import Run, with_inits
+from espnet_pl.recipe.runs import with_inits
 
 if TYPE_CHECKING:
     from espnet_pl.recipe.stages import Plan
 
 CONF = Path("conf/lm.yaml")  # the model and optimiser
-
-
-def refuse(runs: Mapping[str, Run], verdicts: Mapping[str, check.Verdict]) -> None:
-    """Only a run whose method has a use for a language model names one.
-
-    Args:
-        verdicts: of the runs that matter.
-
-    Raises:
-        RecipeError: another one does.
-    """
-    for name, verdict in verdicts.items():
-        if runs[name].options.language_model and "language_model" not in verdict.uses:
-            raise RecipeError(
-                f"{runs[name].files[1]}, recipe: language_model: method {runs[name].method} has no "
-                "use for one (of phases, only those that have name it)"
-            )
 
 
 def of(plan: "Plan", name: str) -> tuple[Path, tuple[Path, ...]] | None:

@@ -200,10 +200,9 @@ def is_path(model: str) -> bool:
     return "/" in model or model.endswith(".zip")
 
 
-def weights_of(model: str) -> Path:
-    """The weights of a model from elsewhere that is not packed."""
-    path = Path(model)
-    return path if path.suffix == ".pth" else path / "model.pth"
+def weights_of(model: Path) -> Path:
+    """The weights of a model that is not packed; its config.yaml is beside them."""
+    return model if model.suffix == ".pth" else model / "model.pth"
 
 
 def _check_model(model: str, where: str) -> None:
@@ -212,7 +211,8 @@ def _check_model(model: str, where: str) -> None:
             f"{where} {model} is packed: unpack it (python3 -m zipfile -e {model} FOLDER) and name "
             "the folder of its config.yaml"
         )
-    for path in (weights_of(model).with_name("config.yaml"), weights_of(model)):
+    weights = weights_of(Path(model))
+    for path in (weights.with_name("config.yaml"), weights):
         if not path.is_file():
             raise RecipeError(
                 f"{where} there is no {path}: name a folder of config.yaml and model.pth, or "

@@ -13,7 +13,7 @@ from pathlib import Path
 from espnet_pl.recipe import check, config, language_models, parts, teachers
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
-from espnet_pl.recipe.runs import Run, is_path, weights_of, with_inits
+from espnet_pl.recipe.runs import Run, is_path, with_inits
 
 PART = 500  # utterances recognised by one job; not --nj, which must not make results old
 
@@ -141,9 +141,7 @@ def train(plan: Plan) -> Iterator[Job]:
                     argv += ["--truth", f"data/{recipe.truth}/text"]
                     inputs.append(Path(f"data/{recipe.truth}/text"))
             if options.init:
-                elsewhere = is_path(options.init)
-                model = options.init if elsewhere else str(plan.dir(options.init, seed) / "model")
-                start = weights_of(model)
+                start = teachers.files(plan, options.init, seed)[1][-1]
                 whole = options.take == "model" and _same_tokens(plan, run, start)
                 argv += ["--init_param", str(start) if whole else f"{start}:encoder:encoder"]
                 inputs.append(start)

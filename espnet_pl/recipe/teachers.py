@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from espnet_pl.recipe import check
 from espnet_pl.recipe.config import RecipeError
 from espnet_pl.recipe.job import Job
-from espnet_pl.recipe.runs import Run, is_path
+from espnet_pl.recipe.runs import Run, is_path, weights_of
 
 if TYPE_CHECKING:
     from espnet_pl.recipe.stages import Plan
@@ -30,11 +30,6 @@ def refuse(runs: Mapping[str, Run], verdicts: Mapping[str, check.Verdict]) -> No
                 f"{where} method {runs[name].method} learns from one, a run or the path of a "
                 f"model; there are {len(options.teachers)}"
             )
-        if options.teachers and not verdict.taught and "teachers" not in verdict.uses:
-            raise RecipeError(
-                f"{where} method {runs[name].method} makes no pseudo-labels: it has no use for "
-                "other teachers (of phases, only those that have name them)"
-            )
         for teacher in [] if verdict.taught else options.teachers:
             if is_path(teacher):
                 raise RecipeError(f"{where} {teacher}: method {runs[name].method} takes runs only")
@@ -47,9 +42,8 @@ def files(plan: "Plan", teacher: str, seed: int) -> tuple[Path, tuple[Path, ...]
     path = Path(teacher) if is_path(teacher) else plan.dir(teacher, seed) / "model"
     if path.suffix == ".zip":
         return path, (path,)
-    if path.suffix == ".pth":
-        return path, (path.with_name("config.yaml"), path)
-    return path, (path / "config.yaml", path / "model.pth")
+    weights = weights_of(path)
+    return path, (weights.with_name("config.yaml"), weights)
 
 
 def label(plan: "Plan", name: str, seed: int) -> Job:

@@ -70,6 +70,7 @@ def plan(chosen=("slimipl",), seeds=(1,), **more):
     found = verdicts([run.files for run in runs.values()])
     known = {name: check.Verdict(**verdict) for name, verdict in zip(runs, found)}
     teachers.refuse(runs, known)
+    check.refuse_unused(runs, known)
     return stages.Plan(
         recipe,
         runs,
