@@ -39,6 +39,11 @@ class Plan:
         """The folder of a run."""
         return config.run_dir(run, seed, self.expdir)
 
+    @property
+    def is_trial(self) -> bool:
+        """Whether its experiments are in another folder than the model's own."""
+        return self.expdir != config.default_expdir(self.asr)
+
     def all_of(self) -> Iterator[tuple[str, int]]:
         """The chosen runs with every seed."""
         return ((run, seed) for seed in self.seeds for run in self.chosen)
@@ -226,7 +231,7 @@ def _infer_one(plan: Plan, name: str, seed: int, test: str, n: int) -> Iterator[
 
 def results(plan: Plan) -> Path:
     """The table: in the recipe, one per model; a trial (another ``--expdir``) has its own."""
-    if plan.expdir != config.default_expdir(plan.asr):
+    if plan.is_trial:
         return plan.expdir / "RESULTS.md"
     return Path("RESULTS.md" if plan.asr == config.ASR else f"RESULTS_{plan.asr.stem}.md")
 

@@ -185,8 +185,7 @@ def chosen(
 def jobs(plan: stages.Plan, study: Study, pairs: Sequence[tuple[str, int]]) -> Iterator[Job]:
     """Train, recognise and record one cell after the other; shared starting points once."""
     corpus, seen = Path.cwd().parent.name, set()
-    trial = plan.expdir != config.default_expdir(plan.asr)
-    data = plan.expdir / "records" if trial else DATA
+    data = plan.expdir / "records" if plan.is_trial else DATA
     recipe = replace(plan.recipe, test=list(study.sets), report_together=[])
     for name, seed in pairs:
         own = replace(plan, recipe=recipe, chosen=(name,), seeds=(seed,))
